@@ -1,0 +1,10 @@
+"""The two compiled parts; everything else about the package is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    cffi_modules=[
+        "src/spvtpm/engine/libtpms_build.py:ffibuilder",
+        "src/spvtpm/processor/worker/linux_build.py:ffibuilder",
+    ],
+)

@@ -1,0 +1,1 @@
+"""How a VM reaches its vTPM."""

@@ -1,0 +1,1 @@
+"""The words between the trust domains: messages, framing, formats, register layouts, error codes. Imports nothing of ours."""
