@@ -1,0 +1,121 @@
+"""The VM's CRB driver: one TPM command in, its response out, nothing but ciphertext in the memory between."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from spvtpm.guest.memory import InterfaceMemory
+from spvtpm.wire import crb, mailbox
+from spvtpm.wire.crb import Attach, AttachError, CtrlReq, CtrlSts, LocCtrl, Register
+from spvtpm.wire.errors import InterfaceError, MailboxError
+from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES, Direction
+
+_REASONS = {
+    AttachError.BAD_ADDRESS: "a command or response address lies outside the interface's memory",
+    AttachError.BAD_FRAME: "no well-formed command frame lay at the address",
+    AttachError.NOT_AUTHENTIC: "the command frame was not authentic: altered on the way, or another VM key",
+    AttachError.REPLAYED: "the command frame was a replay",
+    AttachError.RESPONSE_TOO_LONG: "the response does not fit where it should go",
+    AttachError.STORAGE: "the change could not be made durable; it will be tried again before the next command",
+    AttachError.TPM_FAILED: "the vTPM has failed; the VM must be reset",
+    AttachError.POWERED_OFF: "the vTPM is powered off",
+}
+
+DEFAULT_TIMEOUT_S = 300.0
+"""Longer than any TPM command takes; a vTPM that dies is reported at once, without this."""
+
+
+class CrbDriver:
+    """One session with the vTPM. Thread-safe: commands queue.
+
+    The boot id is pinned: a vTPM that was powered on anew under this driver is refused, since its PCRs do not tell the story
+    of this VM any more.
+
+    Args:
+        interface: connected memory; stays the caller's to close.
+        vm_key: 32 bytes.
+
+    Raises:
+        InterfaceError: no vTPM interface of this version lies in the memory, or its vTPM is off.
+    """
+
+    def __init__(self, interface: InterfaceMemory, vm_key: bytes) -> None:
+        self._interface = interface
+        self._memory = interface.memory
+        self._lock = threading.Lock()
+        attach = self._read_attach()
+        if attach.magic != crb.ATTACH_MAGIC or attach.layout_version != crb.LAYOUT_VERSION:
+            raise InterfaceError("no vTPM interface of a version known here lies in the memory")
+        self._boot_id = attach.boot_id
+        self._boot_key = mailbox.derive_boot_key(vm_key, attach.vm_id, attach.boot_id)
+        self._open_session(attach.sp_nonce)
+        crb.U32.pack_into(self._memory, Register.LOC_CTRL, LocCtrl.REQUEST_ACCESS)
+
+    def _read_attach(self) -> Attach:
+        return Attach._make(crb.ATTACH.unpack_from(self._memory, crb.ATTACH_OFFSET))
+
+    def _open_session(self, sp_nonce: bytes) -> None:
+        self._session = mailbox.derive_session(self._boot_key, sp_nonce, os.urandom(mailbox.NONCE_BYTES))
+        self._sequence = 0
+
+    def transmit(self, command: bytes, timeout_s: float = DEFAULT_TIMEOUT_S) -> bytes:
+        """Sends one TPM command and waits for its response.
+
+        Args:
+            command: 1 to 4,096 bytes.
+            timeout_s: how long to wait; after that the interface is in an unknown state.
+
+        Raises:
+            InterfaceError: the vTPM refused or failed, or is gone; the message says what happened. Nothing was executed
+                unless the message says so.
+            MailboxError: the response is forged, altered, or not that of this command.
+            ValueError: the command's length is out of bounds.
+        """
+        if not 0 < len(command) <= MAX_PAYLOAD_BYTES:
+            raise ValueError(f"a TPM command has 1 to {MAX_PAYLOAD_BYTES} bytes, not {len(command)}")
+        with self._lock:
+            self._sequence += 1
+            frame = self._session.seal(Direction.COMMAND, self._sequence, crb.COMMAND_ADDRESS, command)
+            memory = self._memory
+            memory[crb.COMMAND_ADDRESS : crb.COMMAND_ADDRESS + len(frame)] = frame
+            crb.REQ_TO_START.pack_into(memory, Register.CTRL_REQ, CtrlReq.CMD_READY, 0, 0, crb.START)
+            self._interface.ring()
+            self._wait_completion(timeout_s)
+            return self._take_response()
+
+    def _wait_completion(self, timeout_s: float) -> None:
+        deadline = None
+        while True:
+            _req, status, _cancel, start = crb.REQ_TO_START.unpack_from(self._memory, Register.CTRL_REQ)
+            if start == 0:
+                break
+            now = time.monotonic()
+            deadline = deadline or now + timeout_s
+            if not self._interface.wait(max(0.0, deadline - now)):
+                raise InterfaceError(f"the vTPM did not answer within {timeout_s:g} s")
+        if status & CtrlSts.TPM_STS:
+            self._raise_error()
+
+    def _raise_error(self) -> None:
+        attach = self._read_attach()
+        if attach.boot_id != self._boot_id:
+            raise InterfaceError("the vTPM was powered on anew while this VM was running: restart the VM")
+        try:
+            reason = _REASONS[AttachError(attach.error)]
+        except (ValueError, KeyError):
+            reason = f"unknown reason {attach.error}"
+        raise InterfaceError(f"the vTPM refused: {reason}")
+
+    def _take_response(self) -> bytes:
+        frame = self._memory[crb.RESPONSE_ADDRESS : crb.RESPONSE_ADDRESS + mailbox.MAX_FRAME_BYTES]
+        header = mailbox.parse_header(frame, Direction.RESPONSE)
+        if header.sequence != self._sequence:
+            raise MailboxError("the response is not that of this command")
+        return self._session.open(Direction.RESPONSE, header, crb.RESPONSE_ADDRESS, frame)
+
+    def cancel(self) -> None:
+        """Asks the vTPM to cancel the command that runs; from another thread than the one in `transmit`."""
+        crb.U32.pack_into(self._memory, Register.CTRL_CANCEL, crb.CANCEL)
+        self._interface.ring()

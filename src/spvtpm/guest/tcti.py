@@ -1,0 +1,148 @@
+"""Doors for unmodified TPM clients inside the VM: tpm2-tss' `cmd` TCTI over pipes, its `swtpm` TCTI over sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+import socketserver
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from spvtpm.wire.errors import FrameError, SpvtpmError
+from spvtpm.wire.swtpm_control import MAX_REQUEST_BYTES, ControlCommand, answer_control
+from spvtpm.wire.tpm_stream import TPM_RC_FAILURE, CommandDecoder, Transmit, error_response
+
+MAX_CLIENTS = 32
+_READ_BYTES = 4096
+
+
+def serve_pipe(transmit: Transmit, source: int, sink: int) -> None:
+    """Serves one `cmd` TCTI: commands from descriptor `source`, responses to `sink`, until the source ends.
+
+    Raises:
+        FrameError: what came is no TPM command.
+        SpvtpmError: from `transmit`.
+    """
+    decoder = CommandDecoder()
+    while data := os.read(source, _READ_BYTES):
+        for command in decoder.feed(data):
+            response = memoryview(transmit(command))
+            while response:
+                response = response[os.write(sink, response) :]
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
+    """Accepts on a socket that listens already; at most `MAX_CLIENTS` at a time."""
+
+    daemon_threads = True
+
+    def __init__(self, listener: socket.socket, handle: Callable[[socket.socket], None]) -> None:
+        super().__init__("", socketserver.BaseRequestHandler)
+        self._listener = listener
+        self._handle = handle
+        self._room = threading.BoundedSemaphore(MAX_CLIENTS)
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def get_request(self) -> tuple[socket.socket, str]:
+        connection, _address = self._listener.accept()
+        return connection, ""
+
+    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
+        return self._room.acquire(blocking=False)
+
+    def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # noqa: ARG002
+        try:
+            with request, suppress(OSError):
+                self._handle(request)
+        finally:
+            self._room.release()
+
+    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+        request.close()
+
+    def server_close(self) -> None:
+        self._listener.close()
+        super().server_close()
+
+
+class TctiServer:
+    """Offers one vTPM to many clients on a data and a control socket. Commands of all clients queue in `transmit`.
+
+    Args:
+        transmit: sends one command; thread-safe.
+        cancel: cancels the running command.
+        data: listening stream socket for TPM commands.
+        control: listening stream socket for swtpm control requests.
+    """
+
+    def __init__(
+        self, transmit: Transmit, cancel: Callable[[], None], data: socket.socket, control: socket.socket
+    ) -> None:
+        self._transmit = transmit
+        self._cancel = cancel
+        self._servers = (_Server(data, self._serve_data), _Server(control, self._serve_control))
+
+    def start(self) -> None:
+        """Serves in threads of its own."""
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.2,), name="tcti", daemon=True).start()
+
+    def close(self) -> None:
+        """Takes no more clients."""
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def _serve_data(self, connection: socket.socket) -> None:
+        decoder = CommandDecoder()
+        while data := connection.recv(_READ_BYTES):
+            try:
+                commands = decoder.feed(data)
+            except FrameError:
+                connection.sendall(error_response(TPM_RC_FAILURE))
+                return
+            for command in commands:
+                connection.sendall(self._answer(command))
+
+    def _answer(self, command: bytes) -> bytes:
+        try:
+            return self._transmit(command)
+        except SpvtpmError:
+            return error_response(TPM_RC_FAILURE)
+
+    def _serve_control(self, connection: socket.socket) -> None:
+        while request := connection.recv(MAX_REQUEST_BYTES):
+            answer, command = answer_control(request)
+            if command is ControlCommand.CANCEL_TPM_CMD:
+                self._cancel()
+            connection.sendall(answer)
+
+
+def listen_unix(path: Path) -> tuple[socket.socket, socket.socket]:
+    """Data socket at `path`, control socket at `path`.ctrl, as the swtpm TCTI expects; mode 0600.
+
+    Raises:
+        OSError: they cannot be had.
+    """
+    sockets = []
+    for address in (path, path.with_name(f"{path.name}.ctrl")):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        address.unlink(missing_ok=True)
+        listener.bind(str(address))
+        address.chmod(0o600)
+        listener.listen(MAX_CLIENTS)
+        sockets.append(listener)
+    return sockets[0], sockets[1]
+
+
+def listen_tcp(host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    """Data socket at `port`, control socket at `port` + 1, as the swtpm TCTI expects.
+
+    Raises:
+        OSError: they cannot be had.
+    """
+    return socket.create_server((host, port)), socket.create_server((host, port + 1))

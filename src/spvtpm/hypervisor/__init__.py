@@ -1,0 +1,1 @@
+"""The hypervisor's side: untrusted, holds no key. May import `wire`, nothing else of ours."""

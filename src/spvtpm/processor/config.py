@@ -1,0 +1,53 @@
+"""The secure processor's configuration: one TOML file, one frozen struct, nothing from the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from spvtpm.wire.errors import StorageError
+
+
+class SpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`sp.toml`; every key may be left out.
+
+    Attributes:
+        allowed_uids: users whose processes may command the SP and take interfaces; the user that runs it if left out.
+        max_vms: security blocks at a time.
+        park_after_s: an active vTPM that did nothing for this long is parked.
+        spare_workers: sandboxed processes kept ready, so that waking and creating do not wait for a fork.
+    """
+
+    allowed_uids: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 32)]], Meta(max_length=64)] = msgspec.field(
+        default_factory=lambda: [os.geteuid()]
+    )
+    max_vms: Annotated[int, Meta(ge=1, le=100_000)] = 4096
+    park_after_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 60.0
+    spare_workers: Annotated[int, Meta(ge=0, le=64)] = 2
+
+
+DEFAULT_TOML = """\
+# Configuration of this secure processor. Every key may be left out.
+# allowed_uids = [0]    # users who may command it and take interfaces; default: the user that runs it
+# max_vms = 4096        # VM security blocks at a time
+# park_after_s = 60.0   # an active vTPM idle for this long gives up its process
+# spare_workers = 2     # sandboxed processes kept ready
+"""
+
+
+def load_config(path: Path) -> SpConfig:
+    """Reads the file.
+
+    Raises:
+        StorageError: it is missing, or a key is unknown or out of bounds.
+    """
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=SpConfig)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from None
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise StorageError(f"{path}: {error}") from None

@@ -1,0 +1,78 @@
+"""Where the chip's own secrets live. Here: a file that stands for fuses, for development and for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from spvtpm.processor.private_files import create_private_file, read_private_file
+from spvtpm.wire.errors import AlreadyExists, FusesError, StorageError
+
+_MAX_FILE_BYTES = 4096
+_Secret32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Fuses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The chip's secrets.
+
+    Attributes:
+        chip_id: 16 bytes, public.
+        storage_root_key: 32 bytes; every NV record is sealed under a key derived from it.
+    """
+
+    chip_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    storage_root_key: _Secret32
+
+    def __repr__(self) -> str:
+        return f"Fuses(chip_id={self.chip_id.hex()})"
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file: JSON with the fuses as they were encoded, and a checksum against damage (not against attackers)."""
+
+    format: Annotated[int, Meta(ge=1, le=1)]
+    fuses: msgspec.Raw
+    sha256: Annotated[str, Meta(min_length=64, max_length=64)]
+
+
+def create_fuses(path: Path) -> Fuses:
+    """Burns a new chip's fuses: fresh random secrets in a new file.
+
+    Raises:
+        AlreadyExists: the file exists; fuses are burnt once.
+        FusesError: the file cannot be written.
+    """
+    fuses = Fuses(chip_id=os.urandom(16), storage_root_key=os.urandom(32))
+    content = msgspec.json.encode(fuses)
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        create_private_file(path, msgspec.json.encode(_File(1, msgspec.Raw(content), digest)))
+    except FileExistsError:
+        raise AlreadyExists(f"the fuses file {path} exists already") from None
+    except OSError as error:
+        raise FusesError(f"cannot write the fuses file {path}: {error.strerror}") from None
+    return fuses
+
+
+def load_fuses(path: Path) -> Fuses:
+    """Reads the fuses.
+
+    Raises:
+        FusesError: the file is missing, readable by others, or damaged.
+    """
+    try:
+        file = msgspec.json.decode(read_private_file(path, _MAX_FILE_BYTES), type=_File)
+        if not hmac.compare_digest(hashlib.sha256(bytes(file.fuses)).hexdigest(), file.sha256):
+            raise FusesError(f"the fuses file {path} is damaged: its checksum is wrong")
+        return msgspec.json.decode(file.fuses, type=Fuses)
+    except StorageError as error:
+        raise FusesError(str(error)) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # The decoder's own message is left out: it could quote what it could not read.
+        raise FusesError(f"the fuses file {path} is damaged: it is not what `spvtpm sp init` writes") from None

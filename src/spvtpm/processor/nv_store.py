@@ -1,0 +1,269 @@
+"""Non-volatile storage of the SP: sealed records in SQLite, durable before `commit` returns.
+
+Every record is sealed with AES-256-GCM under a key derived from the storage root key; its name and version are associated
+data, so a record cannot stand in for another one. Which records exist is itself sealed (the index), so none can be removed
+or added unseen. All changes that wait when a commit begins go into one transaction: one sync for many vTPMs.
+
+A whole store put back to an older copy of itself is not noticed here; that needs a counter in the fuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import sqlite3
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from spvtpm.wire.errors import AlreadyExists, IntegrityError, StorageError
+
+INDEX_SHARDS = 64
+"""The index is spread over this many records, so that adding one name re-seals little."""
+
+_SCHEMA = """
+CREATE TABLE records (
+    name TEXT PRIMARY KEY NOT NULL,
+    version INTEGER NOT NULL,
+    salt BLOB NOT NULL,
+    sealed BLOB NOT NULL
+) WITHOUT ROWID
+"""
+_SALT_BYTES = 16
+_NONCE_BYTES = 12
+_VERSION = struct.Struct(">Q")
+
+Change = tuple[str, bytes | None]
+"""A record's name and its new content; None removes it."""
+
+
+def _shard_of(name: str) -> str:
+    return f"index/{hashlib.sha256(name.encode()).digest()[0] % INDEX_SHARDS:02}"
+
+
+class _Sealer:
+    """Seals and opens records. One key per record and process: random nonces never come near their bound."""
+
+    def __init__(self, root_key: bytes) -> None:
+        self._root_key = root_key
+        self._own: dict[str, tuple[bytes, AESGCM]] = {}
+
+    def _cipher(self, name: str, salt: bytes) -> AESGCM:
+        return AESGCM(HKDF(SHA256(), 32, salt, b"spvtpm nv record v1/" + name.encode()).derive(self._root_key))
+
+    @staticmethod
+    def _associated(name: str, version: int) -> bytes:
+        return _VERSION.pack(version) + name.encode()
+
+    def seal(self, name: str, version: int, content: bytes) -> tuple[bytes, bytes]:
+        """Salt and sealed bytes."""
+        if name not in self._own:
+            salt = os.urandom(_SALT_BYTES)
+            self._own[name] = salt, self._cipher(name, salt)
+        salt, cipher = self._own[name]
+        nonce = os.urandom(_NONCE_BYTES)
+        return salt, nonce + cipher.encrypt(nonce, content, self._associated(name, version))
+
+    def open(self, name: str, version: int, salt: bytes, sealed: bytes) -> bytes:
+        """The content.
+
+        Raises:
+            IntegrityError: altered, another record's, or of another SP.
+        """
+        own = self._own.get(name)
+        cipher = own[1] if own is not None and own[0] == salt else self._cipher(name, salt)
+        try:
+            return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], self._associated(name, version))
+        except (InvalidTag, ValueError, OverflowError):
+            raise IntegrityError(f"NV record {name} is altered, or belongs to another secure processor") from None
+
+    def forget(self, name: str) -> None:
+        self._own.pop(name, None)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA busy_timeout=5000")
+    return connection
+
+
+class NvStore:
+    """The sealed records of one SP. One process at a time; the caller holds the state directory's lock.
+
+    Args:
+        path: the database file, made by `create`.
+        root_key: 32 bytes, the storage root key.
+
+    Raises:
+        IntegrityError: the file is missing or damaged, a record was removed or added, or the root key is another one.
+        StorageError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, root_key: bytes) -> None:
+        self._sealer = _Sealer(root_key)
+        if not path.is_file():
+            raise IntegrityError(f"the NV store {path} is missing, though this secure processor has been initialised")
+        try:
+            self._reader = _connect(path)
+            self._writer = _connect(path)
+            self._reader.execute("PRAGMA journal_mode=WAL")
+            self._versions = dict(self._reader.execute("SELECT name, version FROM records"))
+        except sqlite3.DatabaseError as error:
+            raise IntegrityError(f"the NV store {path} is damaged: {error}") from None
+        self._index = self._check_index()
+        self._queue: queue.SimpleQueue[tuple[Sequence[Change], Future[None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="nv-writer")
+        self._thread.start()
+
+    @classmethod
+    def create(cls, path: Path, root_key: bytes) -> None:
+        """Makes an empty store.
+
+        Raises:
+            AlreadyExists: there is a file already.
+            StorageError: it cannot be written.
+        """
+        if path.exists():
+            raise AlreadyExists(f"the NV store {path} exists already")
+        sealer = _Sealer(root_key)
+        temporary = path.with_suffix(".new")
+        try:
+            temporary.unlink(missing_ok=True)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            connection = _connect(temporary)
+            connection.execute(_SCHEMA)
+            empty = msgspec.msgpack.encode([])
+            for shard in range(INDEX_SHARDS):
+                name = f"index/{shard:02}"
+                connection.execute("INSERT INTO records VALUES (?, 1, ?, ?)", (name, *sealer.seal(name, 1, empty)))
+            connection.close()
+            temporary.rename(path)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(f"cannot make the NV store {path}: {error}") from None
+
+    def _check_index(self) -> dict[str, set[str]]:
+        index = {}
+        for shard in range(INDEX_SHARDS):
+            name = f"index/{shard:02}"
+            index[name] = set(msgspec.msgpack.decode(self.read(name), type=list[str]))
+        known = set().union(*index.values())
+        present = {name for name in self._versions if not name.startswith("index/")}
+        for name in sorted(known - present):
+            raise IntegrityError(f"NV record {name} was removed from the store")
+        for name in sorted(present - known):
+            raise IntegrityError(f"NV record {name} was added to the store from outside")
+        return index
+
+    def names(self, prefix: str) -> list[str]:
+        """The names of all records that begin with `prefix`, sorted."""
+        return sorted(name for name in self._versions if name.startswith(prefix))
+
+    def read(self, name: str) -> bytes:
+        """A record's content as last committed. Not to be called while a change of this record is under way.
+
+        Raises:
+            IntegrityError: it is missing, altered, or older than what this process has committed.
+            StorageError: the file cannot be read.
+        """
+        try:
+            row = self._reader.execute("SELECT version, salt, sealed FROM records WHERE name = ?", (name,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise StorageError(f"cannot read NV record {name}: {error}") from None
+        if row is None:
+            raise IntegrityError(f"NV record {name} is missing")
+        version, salt, sealed = row
+        if version != self._versions.get(name):
+            raise IntegrityError(f"NV record {name} is version {version}, expected was {self._versions.get(name)}")
+        if not isinstance(salt, bytes) or not isinstance(sealed, bytes):
+            raise IntegrityError(f"NV record {name} is altered")
+        return self._sealer.open(name, version, salt, sealed)
+
+    def commit(self, changes: Sequence[Change]) -> Future[None]:
+        """Makes the changes durable, all or none; the future is done once they are.
+
+        The future raises `StorageError` when they are not; the store is then as it was.
+        """
+        future: Future[None] = Future()
+        self._queue.put((changes, future))
+        return future
+
+    def close(self) -> None:
+        """Waits for what was handed in, then closes the files."""
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+
+    def _write(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            closing = False
+            with suppress(queue.Empty):
+                while not closing:
+                    item = self._queue.get_nowait()
+                    if item is None:
+                        closing = True
+                    else:
+                        batch.append(item)
+            self._write_batch(batch)
+            if closing:
+                return
+
+    def _write_batch(self, batch: list[tuple[Sequence[Change], Future[None]]]) -> None:
+        try:
+            self._transact(change for changes, _future in batch for change in changes)
+        except (sqlite3.Error, OverflowError) as error:
+            if len(batch) > 1:
+                # One of them may be what does not fit: each gets its own chance.
+                for item in batch:
+                    self._write_batch([item])
+            else:
+                batch[0][1].set_exception(StorageError(f"the NV store cannot take the change: {error}"))
+            return
+        for _changes, future in batch:
+            future.set_result(None)
+
+    def _transact(self, changes: Iterable[Change]) -> None:
+        versions = dict[str, int | None]()
+        shards = dict[str, set[str]]()
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            for name, content in changes:
+                known = versions[name] if name in versions else self._versions.get(name)
+                if (content is None) != (known is None):  # it goes, or it is new
+                    shard = shards.setdefault(_shard_of(name), set(self._index[_shard_of(name)]))
+                    shard ^= {name}
+                versions[name] = self._put(name, known or 0, content)
+            for name, names in shards.items():
+                versions[name] = self._put(name, self._versions[name], msgspec.msgpack.encode(sorted(names)))
+            self._writer.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._writer.execute("ROLLBACK")
+            raise
+        self._index.update(shards)
+        for name, version in versions.items():
+            if version is None:
+                self._versions.pop(name, None)
+                self._sealer.forget(name)
+            else:
+                self._versions[name] = version
+
+    def _put(self, name: str, version: int, content: bytes | None) -> int | None:
+        if content is None:
+            self._writer.execute("DELETE FROM records WHERE name = ?", (name,))
+            return None
+        row = (name, version + 1, *self._sealer.seal(name, version + 1, content))
+        self._writer.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", row)
+        return version + 1

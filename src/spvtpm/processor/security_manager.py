@@ -1,0 +1,268 @@
+"""The VM security management module: commands from the hypervisor, carried out on security blocks and their vTPMs.
+
+The hypervisor decides when a VM boots, stops and goes. It does not decide which vTPM a VM has: the binding is made here, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import defaultdict
+
+from spvtpm.processor.nv_store import NvStore
+from spvtpm.processor.security_block import VmSecurityBlock, VmState
+from spvtpm.processor.vm_keys import VmKeys
+from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.vtpm_manager import VtpmManager
+from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError, SpvtpmError, WrongState
+from spvtpm.wire.messages import VmInfo, VtpmInfo
+
+log = logging.getLogger(__name__)
+
+_RECORD_PREFIX = "vmsb/"
+
+
+def _record_name(vm_id: uuid.UUID) -> str:
+    return f"{_RECORD_PREFIX}{vm_id}"
+
+
+class SecurityManager:
+    """Owns the VMSB table. Commands on one VM come one after the other, those on different VMs side by side.
+
+    Args:
+        store: where blocks are kept.
+        vtpms: the vTPM manager.
+        keys: where VM keys come from.
+        max_vms: blocks at a time.
+    """
+
+    def __init__(self, store: NvStore, vtpms: VtpmManager, keys: VmKeys, max_vms: int) -> None:
+        self._store = store
+        self._vtpms = vtpms
+        self._keys = keys
+        self._max_vms = max_vms
+        self._blocks: dict[uuid.UUID, VmSecurityBlock] = {}
+        self._damaged: dict[uuid.UUID, str] = {}
+        self._locks: defaultdict[uuid.UUID, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def load(self) -> None:
+        """Reads all blocks at start. A damaged one is kept apart and named; the others are not disturbed."""
+        for name in self._store.names(_RECORD_PREFIX):
+            vm_id = uuid.UUID(name.removeprefix(_RECORD_PREFIX))
+            try:
+                block = VmSecurityBlock.from_record(vm_id, self._store.read(name))
+            except IntegrityError as error:
+                log.error("VM %s cannot be used: %s", vm_id, error)
+                self._damaged[vm_id] = str(error)
+                continue
+            self._blocks[vm_id] = block
+            if block.vtpm_id is not None:
+                self._vtpms.load(block.vtpm_id, vm_id, lambda vm_id=vm_id: self._vtpm_failed(vm_id))  # type: ignore[misc]
+
+    def _vtpm_failed(self, vm_id: uuid.UUID) -> None:
+        block = self._blocks.get(vm_id)
+        if block is not None and block.state is VmState.RUNNING:
+            self._blocks[vm_id] = block.fail()
+
+    def _block(self, vm_id: uuid.UUID) -> VmSecurityBlock:
+        if vm_id in self._damaged:
+            raise IntegrityError(self._damaged[vm_id])
+        try:
+            return self._blocks[vm_id]
+        except KeyError:
+            raise NotFound(f"there is no VM {vm_id}") from None
+
+    def _vtpm(self, block: VmSecurityBlock) -> Vtpm:
+        if block.vtpm_id is None:
+            raise WrongState(f"VM {block.vm_id} has no vTPM")
+        return self._vtpms.get(block.vtpm_id)
+
+    async def launch(self, vm_id: uuid.UUID, *, with_vtpm: bool) -> VmInfo:
+        """Makes the block and begins the first boot; with a vTPM, both become durable together.
+
+        Raises:
+            AlreadyExists: the VM has a block.
+            ResourceError: the SP is full, or something is exhausted; nothing was made.
+        """
+        async with self._locks[vm_id]:
+            if vm_id in self._blocks or vm_id in self._damaged:
+                raise AlreadyExists(f"VM {vm_id} has a security block already")
+            if len(self._blocks) >= self._max_vms:
+                raise ResourceError(f"this secure processor holds {self._max_vms} VMs at most")
+            block = VmSecurityBlock.launch(vm_id)
+            self._blocks[vm_id] = block
+            try:
+                if with_vtpm:
+                    await self._create_vtpm(block)
+                else:
+                    await self._save(block)
+            except BaseException:
+                del self._blocks[vm_id]
+                raise
+            return self.info(vm_id)
+
+    async def create_vtpm(self, vm_id: uuid.UUID) -> VmInfo:
+        """A vTPM for a running VM that has none (C3).
+
+        Raises:
+            NotFound, AlreadyExists, WrongState: the block does not allow it.
+            ResourceError: nothing was made.
+        """
+        async with self._locks[vm_id]:
+            await self._create_vtpm(self._block(vm_id))
+            return self.info(vm_id)
+
+    async def _create_vtpm(self, block: VmSecurityBlock) -> None:
+        vtpm_id = uuid.uuid4()
+        bound = block.bind(vtpm_id)
+        boot = self._boot(bound)
+        change = (_record_name(block.vm_id), bound.to_record())
+        await self._vtpms.create(vtpm_id, block.vm_id, boot, [change], lambda: self._vtpm_failed(block.vm_id))
+        self._blocks[block.vm_id] = bound
+
+    def _boot(self, block: VmSecurityBlock) -> tuple[bytes, bytes]:
+        assert block.boot_id is not None  # noqa: S101  # a running block has one
+        return block.boot_id, self._keys.boot_key(block.vm_id, block.boot_id)
+
+    async def start(self, vm_id: uuid.UUID) -> VmInfo:
+        """A new boot of a stopped VM.
+
+        Raises:
+            NotFound, WrongState: the block does not allow it.
+            IntegrityError: its vTPM's stored state cannot be believed; it stays stopped.
+            ResourceError: it stays stopped.
+        """
+        async with self._locks[vm_id]:
+            await self._start(self._block(vm_id))
+            return self.info(vm_id)
+
+    async def _start(self, block: VmSecurityBlock) -> None:
+        started = block.start()
+        await self._save(started)
+        self._blocks[block.vm_id] = started
+        if started.vtpm_id is None:
+            return
+        try:
+            await self._vtpms.get(started.vtpm_id).power_on(*self._boot(started))
+        except SpvtpmError:
+            self._blocks[block.vm_id] = started.stop()
+            raise
+
+    async def stop(self, vm_id: uuid.UUID) -> VmInfo:
+        """The VM is powered off; its vTPM is shut down in order.
+
+        Raises:
+            NotFound, WrongState: the block does not allow it.
+        """
+        async with self._locks[vm_id]:
+            stopped = await self._stop(self._block(vm_id))
+            if stopped.vtpm_id is not None:
+                await self._vtpms.get(stopped.vtpm_id).release()
+            return self.info(vm_id)
+
+    async def _stop(self, block: VmSecurityBlock) -> VmSecurityBlock:
+        stopped = block.stop()
+        if block.vtpm_id is not None:
+            await self._vtpms.get(block.vtpm_id).power_off()
+        self._blocks[block.vm_id] = stopped
+        return stopped
+
+    async def reset(self, vm_id: uuid.UUID) -> VmInfo:
+        """Ends the boot under way and begins a new one; the interface stays, every old frame is dead.
+
+        Raises:
+            as `stop` and `start`.
+        """
+        async with self._locks[vm_id]:
+            await self._start(await self._stop(self._block(vm_id)))
+            return self.info(vm_id)
+
+    async def decommission(self, vm_id: uuid.UUID) -> None:
+        """Destroys block, vTPM and storage; a damaged block too.
+
+        Raises:
+            NotFound: there is none.
+            StorageError: they are still there.
+        """
+        async with self._locks[vm_id]:
+            removal = (_record_name(vm_id), None)
+            block = self._blocks.get(vm_id)
+            if block is None and vm_id not in self._damaged:
+                raise NotFound(f"there is no VM {vm_id}")
+            if block is not None and block.vtpm_id is not None:
+                await self._vtpms.destroy(block.vtpm_id, [removal])
+            else:
+                await asyncio.wrap_future(self._store.commit([removal]))
+            self._blocks.pop(vm_id, None)
+            self._damaged.pop(vm_id, None)
+        self._locks.pop(vm_id, None)
+
+    async def destroy_vtpm(self, vm_id: uuid.UUID) -> VmInfo:
+        """Destroys the VM's vTPM; the VM goes on without.
+
+        Raises:
+            NotFound, WrongState: there is none.
+            StorageError: it is still there.
+        """
+        async with self._locks[vm_id]:
+            block = self._block(vm_id)
+            vtpm = self._vtpm(block)
+            unbound = block.unbind()
+            await self._vtpms.destroy(vtpm.vtpm_id, [(_record_name(vm_id), unbound.to_record())])
+            self._blocks[vm_id] = unbound
+            return self.info(vm_id)
+
+    async def park(self, vm_id: uuid.UUID) -> VmInfo:
+        """Parks the VM's vTPM.
+
+        Raises:
+            NotFound, WrongState: it is not active.
+            WorkerError: it died; the VM has failed.
+        """
+        async with self._locks[vm_id]:
+            if not await self._vtpm(self._block(vm_id)).park():
+                raise WrongState(f"the vTPM of VM {vm_id} has an NV change that is not durable yet")
+            return self.info(vm_id)
+
+    async def wake(self, vm_id: uuid.UUID) -> VmInfo:
+        """Wakes the VM's parked vTPM.
+
+        Raises:
+            NotFound, WrongState: it is not parked.
+            WorkerError: it died; the VM has failed.
+        """
+        async with self._locks[vm_id]:
+            await self._vtpm(self._block(vm_id)).wake()
+            return self.info(vm_id)
+
+    def info(self, vm_id: uuid.UUID) -> VmInfo:
+        """One VM as the hypervisor may see it.
+
+        Raises:
+            NotFound: there is none.
+        """
+        if vm_id in self._damaged:
+            return VmInfo(vm_id, "damaged", 0, None)
+        block = self._block(vm_id)
+        return VmInfo(vm_id, block.state.value, block.boots, self._vtpm_info(block))
+
+    def _vtpm_info(self, block: VmSecurityBlock) -> VtpmInfo | None:
+        if block.vtpm_id is None:
+            return None
+        vtpm = self._vtpms.get(block.vtpm_id)
+        path = "" if vtpm.interface is None else str(vtpm.interface.path)
+        connected = vtpm.interface is not None and vtpm.interface.connected
+        return VtpmInfo(vtpm.vtpm_id, vtpm.residency.value, path, connected, vtpm.failure)
+
+    def list(self) -> list[VmInfo]:
+        """All VMs, ordered by id."""
+        return [self.info(vm_id) for vm_id in sorted([*self._blocks, *self._damaged])]
+
+    def residents(self) -> tuple[int, int, int]:
+        """How many VMs there are, and how many active and parked vTPMs."""
+        count = self._vtpms.count()
+        return len(self._blocks) + len(self._damaged), count[Residency.ACTIVE], count[Residency.PARKED]
+
+    async def _save(self, block: VmSecurityBlock) -> None:
+        await asyncio.wrap_future(self._store.commit([(_record_name(block.vm_id), block.to_record())]))

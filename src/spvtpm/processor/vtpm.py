@@ -1,0 +1,412 @@
+"""One vTPM in the SP: its interface, its worker process when it has one, its durable state.
+
+    OFF ──power_on──▶ ACTIVE ──park──▶ PARKED ──doorbell, wake──▶ ACTIVE
+     ▲                  │  └──worker died──▶ FAILED
+     └──────power_off───┴───────────────────────┘
+
+A failed vTPM stays failed until its VM boots anew: waking it inside the same boot would reset PCRs under a running guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from spvtpm.processor.interfaces.direct import publish_outage
+from spvtpm.processor.interfaces.offer import InterfaceOffer
+from spvtpm.processor.nv_store import Change, NvStore
+from spvtpm.processor.parking import ParkingLot
+from spvtpm.processor.worker.messages import (
+    Commit,
+    Committed,
+    DirectPort,
+    Failed,
+    FromWorker,
+    Off,
+    Park,
+    Parked,
+    PowerOff,
+    Ready,
+    Refused,
+    Start,
+    StillBusy,
+)
+from spvtpm.processor.worker_pool import Worker, WorkerPool
+from spvtpm.wire.crb import AttachError
+from spvtpm.wire.errors import PeerError, SpvtpmError, StorageError, WorkerError, WrongState
+
+log = logging.getLogger(__name__)
+
+_REPLY_TIMEOUT_S = 60.0
+"""A worker that has not answered by then is killed; the longest command, RSA key generation, takes a few seconds."""
+
+_OUTAGE_PAUSE_S = 0.02
+"""Rings at an interface that nobody serves are answered at most this often, so that a flood costs nothing."""
+
+
+class Residency(Enum):
+    """Where a vTPM lives now."""
+
+    OFF = "off"
+    ACTIVE = "active"
+    PARKED = "parked"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class VtpmServices:
+    """What every vTPM of an SP shares.
+
+    Attributes:
+        store: non-volatile storage.
+        pool: worker processes.
+        parking: parked states.
+        runtime: directory of interface sockets.
+        allowed_uids: who may take interfaces.
+    """
+
+    store: NvStore
+    pool: WorkerPool
+    parking: ParkingLot
+    runtime: Path
+    allowed_uids: frozenset[int]
+
+
+def record_name(vtpm_id: uuid.UUID) -> str:
+    """Name of the NV record with the vTPM's permanent state."""
+    return f"vtpm/{vtpm_id}"
+
+
+class Vtpm:
+    """One vTPM, bound to one VM. Public methods exclude each other and end in a stable residency.
+
+    Args:
+        vtpm_id: its id.
+        vm_id: the VM it is bound to.
+        services: what the SP shares among its vTPMs.
+        on_failure: told when the vTPM died by itself.
+    """
+
+    def __init__(
+        self, vtpm_id: uuid.UUID, vm_id: uuid.UUID, services: VtpmServices, on_failure: Callable[[], None]
+    ) -> None:
+        self.vtpm_id = vtpm_id
+        self.vm_id = vm_id
+        self.residency = Residency.OFF
+        self.failure = ""
+        self.interface: InterfaceOffer | None = None
+        self._services = services
+        self._on_failure = on_failure
+        self._lock = asyncio.Lock()
+        self._boot: tuple[bytes, bytes] | None = None
+        self._worker: Worker | None = None
+        self._conversation: asyncio.Task[None] | None = None
+        self._replies: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+
+    async def manufacture(self, boot_id: bytes, boot_key: bytes, with_changes: Sequence[Change]) -> None:
+        """Makes a new TPM and powers it on; its first state and `with_changes` become durable together.
+
+        Raises:
+            StorageError: nothing is durable, nothing was made.
+            WorkerError: the worker died.
+            ResourceError: no interface can be had.
+        """
+        async with self._lock:
+            await self._begin_boot(boot_id, boot_key, None, with_changes)
+
+    async def power_on(self, boot_id: bytes, boot_key: bytes) -> None:
+        """Begins a boot from the durable state.
+
+        Raises:
+            IntegrityError: the stored state is missing or altered.
+            WorkerError: the worker died.
+            ResourceError: no interface can be had.
+        """
+        async with self._lock:
+            permanent = self._services.store.read(record_name(self.vtpm_id))
+            await self._begin_boot(boot_id, boot_key, permanent, [])
+
+    async def _begin_boot(
+        self, boot_id: bytes, boot_key: bytes, permanent: bytes | None, with_changes: Sequence[Change]
+    ) -> None:
+        if self.residency is not Residency.OFF:
+            raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
+        fresh = self.interface is None
+        if self.interface is None:
+            path = self._services.runtime / f"{self.vm_id}.sock"
+            self.interface = InterfaceOffer(path, self._services.allowed_uids)
+        else:
+            self._unwatch()
+        self._boot = boot_id, boot_key
+        port = DirectPort(self.vm_id.bytes, boot_id, boot_key)
+        try:
+            await self._run_worker(Start(port, permanent), with_changes)
+        except SpvtpmError:
+            if fresh:
+                self._release_interface()
+            raise
+
+    async def park(self, *, only_if_idle: bool = False) -> bool:
+        """Takes the state out of the worker and ends it.
+
+        Args:
+            only_if_idle: leave it alone if it has worked since the last such call.
+
+        Returns:
+            Whether the vTPM is parked now.
+
+        Raises:
+            WrongState: it is not active.
+            WorkerError: the worker died.
+        """
+        async with self._lock:
+            self._require(Residency.ACTIVE, "park")
+            reply = await self._order(Park(only_if_idle))
+            if isinstance(reply, StillBusy):
+                return False
+            if not isinstance(reply, Parked):
+                raise await self._misbehaved(reply)
+            self._services.parking.put(self.vtpm_id, reply)
+            await self._dismiss(Residency.PARKED)
+            self._watch(self._wake_on_ring)
+            return True
+
+    async def wake(self) -> None:
+        """Gives a parked vTPM a worker again, just as it was.
+
+        Raises:
+            WrongState: it is not parked.
+            IntegrityError: its durable state is missing or altered.
+            WorkerError: the worker died; the vTPM has failed.
+        """
+        async with self._lock:
+            self._require(Residency.PARKED, "wake")
+            self._unwatch()
+            await self._wake()
+
+    async def _wake(self) -> None:
+        assert self._boot is not None  # noqa: S101  # only a boot can be parked
+        try:
+            parked = self._services.parking.take(self.vtpm_id)
+            permanent = parked.permanent or self._services.store.read(record_name(self.vtpm_id))
+            port = DirectPort(self.vm_id.bytes, *self._boot, parked.snapshot)
+            await self._run_worker(Start(port, permanent, parked.volatile), [])
+        except SpvtpmError as error:
+            # Its volatile state is spent: from here only a new boot leads on.
+            self._fail(str(error))
+            raise
+
+    async def power_off(self) -> None:
+        """Ends the boot; in order if the vTPM still can, so that the next boot finds no sign of a power cut.
+
+        The interface stays for the next boot: a VM that is reset keeps it.
+        """
+        async with self._lock:
+            if self.residency is Residency.PARKED:
+                self._unwatch()
+                try:
+                    await self._wake()
+                except SpvtpmError as error:
+                    log.warning("vTPM %s: cannot be woken for an orderly shutdown: %s", self.vtpm_id, error)
+            if self.residency is Residency.ACTIVE:
+                await self._shut_down()
+            self._services.parking.drop(self.vtpm_id)
+            self.residency = Residency.OFF
+            self.failure = ""
+            self._boot = None
+
+    async def _shut_down(self) -> None:
+        try:
+            reply = await self._order(PowerOff())
+        except WorkerError as error:
+            log.warning("vTPM %s: no orderly shutdown: %s", self.vtpm_id, error)
+            return
+        if not isinstance(reply, Off):
+            log.warning("vTPM %s: no orderly shutdown: the worker said %s", self.vtpm_id, type(reply).__name__)
+        await self._dismiss(Residency.OFF)
+
+    async def release(self) -> None:
+        """Gives the interface back; the vTPM must be off."""
+        async with self._lock:
+            self._require(Residency.OFF, "release")
+            self._release_interface()
+
+    async def abandon(self) -> None:
+        """Ends everything at once, without order: before destruction, or when the SP ends."""
+        async with self._lock:
+            if self._worker is not None:
+                await self._dismiss(Residency.OFF)
+            self._services.parking.drop(self.vtpm_id)
+            self.residency = Residency.OFF
+            self._release_interface()
+
+    def _release_interface(self) -> None:
+        if self.interface is not None:
+            self._unwatch()
+            with self.interface.map() as memory:
+                publish_outage(memory, AttachError.POWERED_OFF)
+            self.interface.ring_vm()
+            self.interface.close()
+            self.interface = None
+
+    def _require(self, residency: Residency, command: str) -> None:
+        if self.residency is not residency:
+            raise WrongState(f"{command}: vTPM {self.vtpm_id} is {self.residency.value}, not {residency.value}")
+
+    # The worker
+
+    async def _run_worker(self, start: Start, with_changes: Sequence[Change]) -> None:
+        assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
+        worker = self._services.pool.take()
+        self._worker = worker
+        self._replies = asyncio.Queue()
+        self._conversation = asyncio.create_task(self._converse(worker, list(with_changes)))
+        try:
+            await worker.start(start, list(self.interface.offer))
+            reply = await self._reply()
+        except WorkerError:
+            await self._dismiss(Residency.OFF)
+            raise
+        if not isinstance(reply, Ready):
+            raise await self._misbehaved(reply)
+        self._services.pool.note_missing(reply.missing)
+        self.residency = Residency.ACTIVE
+
+    async def _order(self, order: Park | PowerOff) -> FromWorker:
+        assert self._worker is not None  # noqa: S101  # an active vTPM has one
+        try:
+            await self._worker.send(order)
+            return await self._reply()
+        except WorkerError as error:
+            self._fail(str(error))
+            raise
+
+    async def _reply(self) -> FromWorker:
+        try:
+            reply = await asyncio.wait_for(self._replies.get(), _REPLY_TIMEOUT_S)
+        except TimeoutError:
+            raise WorkerError(f"the worker of vTPM {self.vtpm_id} did not answer") from None
+        if reply is None:
+            raise WorkerError(f"the worker of vTPM {self.vtpm_id} died{await self._epitaph()}")
+        return reply
+
+    async def _misbehaved(self, reply: FromWorker) -> WorkerError:
+        await self._dismiss(Residency.OFF)
+        said = reply.reason if isinstance(reply, Failed) else f"it said {type(reply).__name__} out of turn"
+        return WorkerError(f"the worker of vTPM {self.vtpm_id} failed: {said}")
+
+    async def _dismiss(self, residency: Residency) -> None:
+        """Ends the worker; its state is elsewhere, or not wanted."""
+        worker, self._worker = self._worker, None
+        conversation, self._conversation = self._conversation, None
+        self.residency = residency
+        if worker is not None:
+            worker.kill()
+        if conversation is not None:
+            conversation.cancel()
+            await asyncio.gather(conversation, return_exceptions=True)
+        if worker is not None:
+            worker.close()
+
+    async def _converse(self, worker: Worker, with_changes: list[Change]) -> None:
+        """Hears what the worker says, commits what it asks, and notices when it ends."""
+        reason = ""
+        try:
+            async for message in worker.receive():
+                if isinstance(message, Commit):
+                    await worker.send(await self._commit(message, with_changes))
+                elif isinstance(message, Refused):
+                    error = AttachError(message.error).name
+                    log.warning(
+                        "vTPM %s: refused %d frames so far, the last one: %s", self.vtpm_id, message.count, error
+                    )
+                else:
+                    reason = message.reason if isinstance(message, Failed) else reason
+                    self._replies.put_nowait(message)
+        except (PeerError, ValueError) as error:
+            reason = f"the worker broke the protocol: {error}"
+            worker.kill()
+        except WorkerError:
+            pass
+        self._replies.put_nowait(None)
+        self._obituary = asyncio.create_task(self._notice_end(worker, reason))
+
+    async def _notice_end(self, worker: Worker, reason: str) -> None:
+        async with self._lock:
+            if self._worker is worker and self.residency is Residency.ACTIVE:
+                self._fail(reason or f"the worker died{await self._epitaph()}")
+
+    async def _epitaph(self) -> str:
+        if self._worker is None:
+            return ""
+        try:
+            code = await asyncio.wait_for(asyncio.shield(self._worker.ended), 1.0)
+        except TimeoutError:
+            return ""
+        return f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
+
+    async def _commit(self, message: Commit, with_changes: list[Change]) -> Committed:
+        changes = [(record_name(self.vtpm_id), message.permanent), *with_changes]
+        try:
+            await asyncio.wrap_future(self._services.store.commit(changes))
+        except StorageError as error:
+            log.error("vTPM %s: an NV change is not durable: %s", self.vtpm_id, error)
+            return Committed(str(error))
+        with_changes.clear()
+        return Committed()
+
+    def _fail(self, reason: str) -> None:
+        log.error("vTPM %s of VM %s failed: %s", self.vtpm_id, self.vm_id, reason)
+        worker, self._worker = self._worker, None
+        conversation, self._conversation = self._conversation, None
+        if conversation is not None:
+            conversation.cancel()
+        if worker is not None:
+            worker.kill()
+            asyncio.get_running_loop().call_soon(worker.close)  # after the conversation has let go of it
+        self.residency = Residency.FAILED
+        self.failure = reason
+        self._watch(self._answer_outage)
+        self._answer_outage()
+        self._on_failure()
+
+    # The doorbell while no worker listens to it
+
+    def _watch(self, callback: Callable[[], None]) -> None:
+        assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
+        asyncio.get_running_loop().add_reader(self.interface.offer.sp_doorbell, callback)
+
+    def _unwatch(self) -> None:
+        assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
+        asyncio.get_running_loop().remove_reader(self.interface.offer.sp_doorbell)
+
+    def _wake_on_ring(self) -> None:
+        self._unwatch()  # the ring stays in the doorbell, for the worker to find
+        self._waking = asyncio.get_running_loop().create_task(self._wake_for_vm())
+
+    async def _wake_for_vm(self) -> None:
+        async with self._lock:
+            if self.residency is Residency.PARKED:
+                try:
+                    await self._wake()
+                except SpvtpmError as error:
+                    log.error("vTPM %s cannot be woken: %s", self.vtpm_id, error)
+
+    def _answer_outage(self) -> None:
+        if self.interface is None:
+            return
+        self.interface.drain_doorbell()
+        with self.interface.map() as memory:
+            publish_outage(memory, AttachError.TPM_FAILED)
+        self.interface.ring_vm()
+        self._unwatch()
+        asyncio.get_running_loop().call_later(_OUTAGE_PAUSE_S, self._watch_outage)
+
+    def _watch_outage(self) -> None:
+        if self.residency is Residency.FAILED and self.interface is not None:
+            self._watch(self._answer_outage)

@@ -1,0 +1,198 @@
+"""What the SP and one worker say to each other, over a socket pair that nobody else holds.
+
+A worker is not believed: it may have been taken over by its guest. It can speak about its own vTPM only, because the
+socket, not a field, says which one it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from spvtpm.wire.errors import MessageError
+
+MAX_PERMANENT_BYTES = 256 * 1024
+"""Bound of a permanent state. libtpms: 128 KiB + 65 * 704 bytes of NV memory, plus its header (TpmProfile_Misc.h)."""
+
+MAX_VOLATILE_BYTES = 64 * 1024
+"""Bound of a volatile state; about 10 KiB with all session slots in use."""
+
+Permanent = Annotated[bytes, Meta(min_length=1, max_length=MAX_PERMANENT_BYTES)]
+Volatile = Annotated[bytes, Meta(min_length=1, max_length=MAX_VOLATILE_BYTES)]
+Id16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Key32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class InterfaceSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What must outlive parking so that a replayed frame is refused after waking too. Secret: holds session keys.
+
+    Attributes:
+        state: name of the `CrbState`.
+        granted: whether locality 0 is granted.
+        error: the `AttachError` last shown.
+        sp_nonce: 32 bytes offered for the next session.
+        sequence: the last sequence executed; 0 when there is no session.
+        session: command key, response key and VM nonce of the session, if there is one.
+    """
+
+    state: Literal["IDLE", "READY", "COMPLETION"]
+    granted: bool
+    error: Annotated[int, Meta(ge=0, le=255)]
+    sp_nonce: Key32
+    sequence: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    session: tuple[Key32, Key32, Key32] | None
+
+
+class DirectPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Serve the CRB interface in shared memory. Descriptors: memory, SP doorbell, VM doorbell.
+
+    Attributes:
+        vm_id: 16 bytes.
+        boot_id: 16 bytes.
+        boot_key: 32 bytes.
+        snapshot: the interface as it was parked; none at power-on.
+    """
+
+    vm_id: Id16
+    boot_id: Id16
+    boot_key: Key32
+    snapshot: InterfaceSnapshot | None = None
+
+
+class PacketPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Serve plain commands, one a packet, over a socket pair of the process that embeds the vTPM. Descriptor: the socket."""
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The first message to a worker: which TPM to be.
+
+    Attributes:
+        port: where commands come from.
+        permanent: the TPM's permanent state, authenticated by the SP; none manufactures a new TPM.
+        volatile: its volatile state when it was parked; none is a power-on.
+    """
+
+    port: DirectPort | PacketPort
+    permanent: Permanent | None = None
+    volatile: Volatile | None = None
+
+
+class Committed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Answer to `Commit`: the state is durable, or the reason (a public sentence) why it is not."""
+
+    failure: str | None = None
+
+
+class Park(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Take the state out and end.
+
+    Attributes:
+        only_if_idle: do nothing when a command has been executed since the last `Park` with this flag.
+    """
+
+    only_if_idle: bool = False
+
+
+class PowerOff(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Shut the TPM down in order (TPM2_Shutdown) and end."""
+
+
+class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The worker waits until this permanent state is durable."""
+
+    permanent: Permanent
+
+
+class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The TPM runs and its interface is served.
+
+    Attributes:
+        missing: sentences naming each sandbox layer that this kernel does not give.
+    """
+
+    missing: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] = []
+
+
+class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """A frame in VM memory was refused; sent at counts 1, 2, 4, 8, … so that a flood stays quiet.
+
+    Attributes:
+        error: the `AttachError`.
+        count: refused frames of all kinds since power-on or waking.
+    """
+
+    error: Annotated[int, Meta(ge=0, le=255)]
+    count: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+
+
+class StillBusy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Answer to `Park` with `only_if_idle`: the vTPM has worked, or an NV change waits to become durable."""
+
+
+class Parked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Answer to `Park`; the worker's last words.
+
+    Attributes:
+        volatile: the TPM's volatile state.
+        permanent: its permanent state where it differs from the last one committed.
+        snapshot: the interface.
+    """
+
+    volatile: Volatile
+    permanent: Permanent | None
+    snapshot: InterfaceSnapshot | None
+
+
+class Off(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Answer to `PowerOff`; the worker's last words. Everything is durable."""
+
+
+class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The worker's last words when it cannot go on.
+
+    Attributes:
+        reason: a public sentence.
+    """
+
+    reason: Annotated[str, Meta(max_length=1024)]
+
+
+ToWorker = Start | Committed | Park | PowerOff
+FromWorker = Commit | Ready | Refused | StillBusy | Parked | Off | Failed
+
+_Message = TypeVar("_Message")
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """The message as one frame's payload."""
+    return _encoder.encode(message)
+
+
+def _parse(decoder: msgspec.msgpack.Decoder[_Message], payload: bytes) -> _Message:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MessageError(f"no message between SP and worker: {error}") from None
+
+
+def parse_to_worker(payload: bytes) -> ToWorker:
+    """What the SP says.
+
+    Raises:
+        MessageError: it is no such message, or out of bounds.
+    """
+    return _parse(_to_worker, payload)
+
+
+def parse_from_worker(payload: bytes) -> FromWorker:
+    """What a worker says; hostile bytes.
+
+    Raises:
+        MessageError: it is no such message, or out of bounds.
+    """
+    return _parse(_from_worker, payload)

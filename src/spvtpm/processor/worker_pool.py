@@ -1,0 +1,191 @@
+"""Workers as the event loop sees them: fork, talk, notice their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+from spvtpm.processor.worker import messages
+from spvtpm.processor.worker.messages import FromWorker, Start, ToWorker
+from spvtpm.processor.zygote_link import ZygoteLink
+from spvtpm.wire.errors import FrameError, WorkerError
+from spvtpm.wire.framing import FrameDecoder, encode_frame
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 16
+
+
+class Worker:
+    """One worker process.
+
+    Attributes:
+        ended: done with its exit code once the process is gone (negative: the signal that killed it).
+    """
+
+    def __init__(self, link: ZygoteLink, tag: int, connection: socket.socket) -> None:
+        self._link = link
+        self._tag = tag
+        self._connection = connection
+        self._decoder = FrameDecoder()
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def start(self, start: Start, descriptors: Sequence[int]) -> None:
+        """Hands over the descriptors, then the first message.
+
+        Raises:
+            WorkerError: the worker is gone.
+        """
+        try:
+            socket.send_fds(self._connection, [b"\0"], descriptors)
+        except OSError:
+            raise WorkerError("the worker died before it was started") from None
+        await self.send(start)
+
+    async def send(self, message: ToWorker) -> None:
+        """Sends one message.
+
+        Raises:
+            WorkerError: the worker is gone.
+        """
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._connection, encode_frame(messages.encode(message)))
+        except OSError:
+            raise WorkerError("the worker process died") from None
+
+    async def receive(self) -> AsyncIterator[FromWorker]:
+        """What the worker says, until it ends.
+
+        Raises:
+            FrameError, MessageError: it broke the protocol; kill it.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                data = await loop.sock_recv(self._connection, _READ_BYTES)
+            except OSError:
+                data = b""
+            if not data:
+                with suppress(FrameError):  # a worker killed while it spoke
+                    self._decoder.finish()
+                return
+            for frame in self._decoder.feed(data):
+                yield messages.parse_from_worker(frame)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self._link.kill(self._tag)
+
+    def close(self) -> None:
+        """Gives up the connection; a worker that still runs ends."""
+        self._connection.close()
+
+
+class WorkerPool:
+    """Forks workers through a zygote that is started again should it ever die.
+
+    Keeps `spare` workers forked and confined ahead of need, so that creating and waking a vTPM does not wait for a fork.
+
+    Args:
+        spare: how many to keep ahead.
+
+    Attributes:
+        missing: sentences naming each sandbox layer that this kernel does not give.
+    """
+
+    def __init__(self, spare: int) -> None:
+        self.missing: list[str] = []
+        self._spare_count = spare
+        self._spare: list[Worker] = []
+        self._workers: dict[int, Worker] = {}
+        self._link: ZygoteLink | None = None
+
+    async def open(self) -> None:
+        """Starts the zygote.
+
+        Raises:
+            WorkerError: it does not start.
+        """
+        link = ZygoteLink()
+        await asyncio.to_thread(link.wait_ready)
+        self.note_missing(link.missing)
+        link.set_blocking(False)
+        self._link = link
+        asyncio.get_running_loop().add_reader(link.fileno(), self._on_exit)
+        self._refill()
+
+    def note_missing(self, sentences: list[str]) -> None:
+        """Logs each layer of protection that is missing, once."""
+        for sentence in sentences:
+            if sentence not in self.missing:
+                self.missing.append(sentence)
+                log.warning("sandbox: %s", sentence)
+
+    def _refill(self) -> None:
+        with suppress(WorkerError):
+            while self._link is not None and len(self._spare) < self._spare_count:
+                self._spare.append(self._fork())
+
+    def _fork(self) -> Worker:
+        if self._link is None:
+            raise WorkerError("the worker zygote is being started again")
+        tag, connection = self._link.fork()
+        connection.setblocking(False)
+        worker = Worker(self._link, tag, connection)
+        self._workers[tag] = worker
+        return worker
+
+    def take(self) -> Worker:
+        """A confined worker that waits for its `Start`.
+
+        Raises:
+            WorkerError: none can be had now.
+        """
+        while self._spare:
+            worker = self._spare.pop(0)
+            asyncio.get_running_loop().call_soon(self._refill)
+            if not worker.ended.done():
+                return worker
+        return self._fork()
+
+    def _on_exit(self) -> None:
+        assert self._link is not None  # noqa: S101  # the reader is removed with the link
+        with suppress(BlockingIOError):
+            while True:
+                try:
+                    ended = self._link.receive_exit()
+                except ConnectionError:
+                    ended = None
+                if ended is None:
+                    self._zygote_died()
+                    return
+                worker = self._workers.pop(ended.tag, None)
+                if worker is not None and not worker.ended.done():
+                    worker.ended.set_result(ended.exit_code)
+
+    def _zygote_died(self) -> None:
+        link, self._link = self._link, None
+        if link is None:
+            return
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(link.fileno())
+        link.close()
+        log.error("the worker zygote died; it is started again")
+        for worker in self._workers.values():
+            if not worker.ended.done():
+                worker.ended.set_result(-9)
+        self._workers.clear()
+        self._spare.clear()
+        self._restart = loop.create_task(self.open())
+
+    def close(self) -> None:
+        """Ends the zygote and every worker."""
+        if self._link is not None:
+            asyncio.get_running_loop().remove_reader(self._link.fileno())
+            self._link.close()
+            self._link = None
+        for worker in self._workers.values():
+            worker.close()

@@ -1,0 +1,215 @@
+"""Every message between domains: what a hypervisor may ask of its secure processor, and the answers.
+
+One request and one answer at a time on a connection, each a frame (`framing.py`) of MessagePack. The version stands in every
+message; another version is refused. Command names follow the firmware of AMD SEV where it has them (launch, decommission).
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from spvtpm.wire.errors import MessageError
+
+MAX_REQUEST_BYTES = 4096
+"""A hypervisor's request is small; the bound keeps what an unread connection can hold small too."""
+
+Sentence = Annotated[str, Meta(max_length=2048)]
+Code = Annotated[str, Meta(max_length=64)]
+
+
+class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    version: Literal[1] = 1
+
+
+class LaunchVm(_Request, frozen=True):
+    """Make a VM's security block and begin its first boot; with its vTPM unless told otherwise (C3). → `VmInfo`."""
+
+    vm_id: uuid.UUID
+    with_vtpm: bool = True
+
+
+class CreateVtpm(_Request, frozen=True):
+    """Make a vTPM for a running VM that has none yet (C3). → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class StartVm(_Request, frozen=True):
+    """Begin a new boot of a stopped VM; its vTPM is powered on. → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class ResetVm(_Request, frozen=True):
+    """End the boot under way, in order if the vTPM still can, and begin a new one. → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class StopVm(_Request, frozen=True):
+    """The VM is powered off; its vTPM is shut down in order. → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class DecommissionVm(_Request, frozen=True):
+    """Destroy a VM's security block, its vTPM and all their storage. → `Done`."""
+
+    vm_id: uuid.UUID
+
+
+class DestroyVtpm(_Request, frozen=True):
+    """Destroy a VM's vTPM; the VM may get a new one. → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class ParkVtpm(_Request, frozen=True):
+    """Take an active vTPM's process away and keep its state; its next doorbell wakes it. → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class WakeVtpm(_Request, frozen=True):
+    """Give a parked vTPM a process before its doorbell asks for one. → `VmInfo`."""
+
+    vm_id: uuid.UUID
+
+
+class ListVms(_Request, frozen=True):
+    """All VMs. → `VmList`."""
+
+
+class GetStatus(_Request, frozen=True):
+    """How the secure processor is. → `Status`."""
+
+
+Request = (
+    LaunchVm
+    | CreateVtpm
+    | StartVm
+    | ResetVm
+    | StopVm
+    | DecommissionVm
+    | DestroyVtpm
+    | ParkVtpm
+    | WakeVtpm
+    | ListVms
+    | GetStatus
+)
+
+
+class VtpmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One vTPM as its hypervisor may see it.
+
+    Attributes:
+        vtpm_id: its id.
+        residency: `active` (a process runs it), `parked` (kept without one), `off`, or `failed`.
+        interface: path of the socket on which the VM gets its interface; empty while the vTPM is off.
+        connected: whether a process holds the interface.
+        failure: why it failed, if it has.
+    """
+
+    vtpm_id: uuid.UUID
+    residency: Literal["active", "parked", "off", "failed"]
+    interface: Annotated[str, Meta(max_length=4096)] = ""
+    connected: bool = False
+    failure: Sentence = ""
+
+
+class VmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """One VM.
+
+    Attributes:
+        vm_id: its id.
+        state: of its security block; `damaged` if its stored block cannot be believed.
+        boots: boots so far.
+        vtpm: its vTPM, if it has one.
+    """
+
+    vm_id: uuid.UUID
+    state: Literal["running", "stopped", "failed", "damaged"]
+    boots: int
+    vtpm: VtpmInfo | None
+
+
+class VmList(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """All VMs, ordered by id."""
+
+    vms: list[VmInfo]
+
+
+class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The secure processor.
+
+    Attributes:
+        chip_id: 16 bytes.
+        software: version of spvtpm.
+        vms: how many security blocks there are.
+        active: vTPMs with a process.
+        parked: vTPMs kept without one.
+        missing_protection: sentences naming each sandbox layer that this kernel does not give.
+    """
+
+    chip_id: bytes
+    software: str
+    vms: int
+    active: int
+    parked: int
+    missing_protection: list[str]
+
+
+class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Carried out; there is nothing to tell."""
+
+
+class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Not carried out.
+
+    Attributes:
+        code: of the error class (`errors.py`).
+        message: a public sentence.
+    """
+
+    code: Code
+    message: Sentence
+
+
+Reply = VmInfo | VmList | Status | Done | ErrorReply
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode_message(message: Request | Reply) -> bytes:
+    """The message as one frame's payload."""
+    return _encoder.encode(message)
+
+
+def parse_request(payload: bytes) -> Request:
+    """A hypervisor's request; hostile bytes.
+
+    Raises:
+        MessageError: it is no request of this version.
+    """
+    try:
+        return _request_decoder.decode(payload)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MessageError(f"not understood: {error}") from None
+
+
+def parse_reply(payload: bytes) -> Reply:
+    """The secure processor's answer.
+
+    Raises:
+        MessageError: it is no answer of this version.
+    """
+    try:
+        return _reply_decoder.decode(payload)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MessageError(f"not understood: {error}") from None

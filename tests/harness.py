@@ -1,0 +1,148 @@
+"""A real secure processor in a process of its own, and VMs on it, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from spvtpm.guest.crb_driver import CrbDriver
+from spvtpm.guest.memory import InterfaceMemory
+from spvtpm.guest.vm_key import create_vm_key, read_vm_key
+from spvtpm.hypervisor.sp_client import SecureProcessorClient
+from spvtpm.processor.daemon import initialise
+from spvtpm.wire import messages
+
+
+class RunningSp:
+    """An SP daemon on a state directory. Starts it, stops it in order or by SIGKILL, starts it again.
+
+    Args:
+        state: made and initialised if it is missing.
+        config: content of `sp.toml`, if the default will not do.
+    """
+
+    def __init__(self, state: Path, config: str | None = None) -> None:
+        self.state = state
+        self.log_path = state.with_name(f"{state.name}.log")
+        if not (state / "fuses").exists():
+            initialise(state)
+        if config is not None:
+            (state / "sp.toml").write_text(config)
+        self.start()
+
+    def start(self) -> None:
+        """Starts the daemon and waits until it listens."""
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "spvtpm.cli", "sp", "run", str(self.state)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.process.stdout is not None
+        if not self.process.stdout.readline().startswith(b"listening"):
+            raise AssertionError(f"the SP did not start:\n{self.log()}")
+
+    def log(self) -> str:
+        """What the daemon has logged so far."""
+        return self.log_path.read_text()
+
+    @property
+    def socket(self) -> Path:
+        """Where the hypervisor connects."""
+        return self.state / "run" / "sp.sock"
+
+    def call(self, request: messages.Request) -> messages.Reply:
+        """One hypervisor command on a connection of its own."""
+        with SecureProcessorClient(self.socket) as client:
+            return client.call(request)
+
+    def info(self, request: messages.Request) -> messages.VmInfo:
+        """One hypervisor command that answers with the VM."""
+        reply = self.call(request)
+        assert isinstance(reply, messages.VmInfo)
+        return reply
+
+    def vm(self, vm_id: uuid.UUID) -> messages.VmInfo:
+        """The VM as the hypervisor sees it."""
+        reply = self.call(messages.ListVms())
+        assert isinstance(reply, messages.VmList)
+        return next(vm for vm in reply.vms if vm.vm_id == vm_id)
+
+    def key_path(self, vm_id: uuid.UUID) -> Path:
+        """Where the VM's key lies."""
+        return self.state / "vm-keys" / f"{vm_id}.key"
+
+    def new_vm(self) -> uuid.UUID:
+        """A new VM id with its key in place; not launched."""
+        vm_id = uuid.uuid4()
+        create_vm_key(self.key_path(vm_id))
+        return vm_id
+
+    def launch(self) -> uuid.UUID:
+        """A new VM, running, with a vTPM."""
+        vm_id = self.new_vm()
+        self.info(messages.LaunchVm(vm_id=vm_id))
+        return vm_id
+
+    def interface(self, vm_id: uuid.UUID) -> Path:
+        """The VM's interface socket."""
+        return self.state / "run" / f"{vm_id}.sock"
+
+    @contextmanager
+    def driver(self, vm_id: uuid.UUID) -> Iterator[CrbDriver]:
+        """The VM's driver, attached."""
+        with InterfaceMemory.connect(self.interface(vm_id)) as memory:
+            yield CrbDriver(memory, read_vm_key(self.key_path(vm_id)))
+
+    def workers(self) -> list[int]:
+        """Process ids of all processes below the daemon."""
+        found, queue = [], [self.process.pid]
+        while queue:
+            pid = queue.pop()
+            for task in Path(f"/proc/{pid}/task").glob("*/children"):
+                children = [int(child) for child in task.read_text().split()]
+                found += children
+                queue += children
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut of the SP."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def is_root() -> bool:
+    """Whether tests may become other users."""
+    return os.geteuid() == 0
