@@ -113,15 +113,26 @@ class RunningSp:
                 queue += children
         return found
 
+    def worker_of(self, interface: InterfaceMemory) -> int:
+        """Process id of the worker that serves an attached interface: the one that maps the same memory file."""
+        inode = f" {os.fstat(interface.descriptors.memory).st_ino} "
+        return next(pid for pid in self.workers() if inode in Path(f"/proc/{pid}/maps").read_text())
+
     def kill(self) -> None:
         """SIGKILL, as a power cut of the SP."""
         self.process.kill()
-        self.process.wait()
+        self._reap()
+
+    def _reap(self) -> int:
+        code = self.process.wait(60)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code
 
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self._reap()
 
     def __enter__(self) -> Self:
         return self
@@ -129,10 +140,7 @@ class RunningSp:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            self.kill()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.kill()
 
 
 def is_alive(pid: int) -> bool:

@@ -23,11 +23,12 @@ class InterfaceMemory:
 
     Attributes:
         memory: `crb.MEMORY_BYTES` bytes shared with the SP, and with whoever owns the host.
+        descriptors: of the memory file and the doorbells.
     """
 
     def __init__(self, connection: socket.socket, offer: Offer) -> None:
         self._connection = connection
-        self._offer = offer
+        self.descriptors = offer
         if os.fstat(offer.memory).st_size < crb.MEMORY_BYTES:
             raise InterfaceError("the offered memory is too small to be a vTPM interface")
         self.memory = mmap(offer.memory, crb.MEMORY_BYTES)
@@ -79,7 +80,7 @@ class InterfaceMemory:
     def ring(self) -> None:
         """Tells the SP to look at the registers."""
         with suppress(BlockingIOError):  # the counter is full: the SP is awake
-            os.eventfd_write(self._offer.sp_doorbell, 1)
+            os.eventfd_write(self.descriptors.sp_doorbell, 1)
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until the SP rings.
@@ -92,7 +93,7 @@ class InterfaceMemory:
         """
         ready = self._poll.poll(timeout_s * 1000)
         for descriptor, _event in ready:
-            if descriptor == self._offer.vm_doorbell:
+            if descriptor == self.descriptors.vm_doorbell:
                 with suppress(BlockingIOError):
                     os.eventfd_read(descriptor)
                 return True
@@ -104,7 +105,7 @@ class InterfaceMemory:
         """Gives the interface back."""
         self._connection.close()
         self.memory.close()
-        for descriptor in self._offer:
+        for descriptor in self.descriptors:
             os.close(descriptor)
 
     def __enter__(self) -> Self:

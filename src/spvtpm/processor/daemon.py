@@ -26,13 +26,13 @@ from spvtpm.processor.config import DEFAULT_TOML, load_config
 from spvtpm.processor.fuses import Fuses, create_fuses, load_fuses
 from spvtpm.processor.hypervisor_port import HypervisorPort
 from spvtpm.processor.nv_store import NvStore
+from spvtpm.processor.own_memory import protect_own_memory
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.vm_keys import VmKeyFiles
 from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
-from spvtpm.processor.worker.sandbox import protect_own_memory
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire import messages
 from spvtpm.wire.errors import StorageError

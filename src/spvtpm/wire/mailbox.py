@@ -59,6 +59,7 @@ class FrameHeader(NamedTuple):
 
     payload_bytes: int
     sequence: int
+    address: int
     vm_nonce: bytes
 
 
@@ -92,14 +93,14 @@ def parse_header(frame: bytes, direction: Direction) -> FrameHeader:
     """
     if len(frame) < OVERHEAD_BYTES:
         raise MailboxError(f"no room for a frame: {len(frame)} bytes, at least {OVERHEAD_BYTES} are needed")
-    magic, version, way, flags, payload_bytes, reserved, sequence, _address, vm_nonce = _HEADER.unpack_from(frame)
+    magic, version, way, flags, payload_bytes, reserved, sequence, address, vm_nonce = _HEADER.unpack_from(frame)
     if magic != _MAGIC or version != _VERSION or way != direction or flags or reserved:
         raise MailboxError("no frame of this version and direction lies at the address")
     if not 0 < sequence <= MAX_SEQUENCE:
         raise MailboxError("the frame's sequence is out of range")
     if not 0 < payload_bytes <= MAX_PAYLOAD_BYTES or OVERHEAD_BYTES + payload_bytes > len(frame):
         raise MailboxError(f"the frame announces {payload_bytes} bytes, more than there is room for")
-    return FrameHeader(payload_bytes, sequence, vm_nonce)
+    return FrameHeader(payload_bytes, sequence, address, vm_nonce)
 
 
 class Session:
@@ -146,11 +147,11 @@ class Session:
         Raises:
             MailboxError: the tag is wrong: forged, altered, or of another VM, boot, session, direction or address.
         """
-        expected = _HEADER.pack(
-            _MAGIC, _VERSION, direction, 0, header.payload_bytes, 0, header.sequence, address, self.vm_nonce
-        )
+        if header.address != address or header.vm_nonce != self.vm_nonce:
+            raise MailboxError("the frame was made for another address or session")
         sealed = frame[HEADER_BYTES : OVERHEAD_BYTES + header.payload_bytes]
         try:
-            return self._ciphers[direction].decrypt(_AEAD_NONCE.pack(header.sequence), sealed, expected)
+            nonce = _AEAD_NONCE.pack(header.sequence)
+            return self._ciphers[direction].decrypt(nonce, sealed, frame[:HEADER_BYTES])
         except InvalidTag:
             raise MailboxError("the frame is not authentic for this VM, boot, session, direction and address") from None

@@ -37,26 +37,24 @@ class Zygote:
 
     Args:
         link: SOCK_SEQPACKET socket to the SP.
+        sandbox: made ready while files could still be read.
+        missing: namespaces that the kernel does not give.
     """
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, sandbox: Sandbox, missing: list[str]) -> None:
         self._link = link
-        self._sandbox = Sandbox.prepare()
+        self._sandbox = sandbox
+        self._missing = missing
         self._tags: dict[int, int] = {}
         self._wakeup, child_ended = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(child_ended, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 
-    def run(self, missing: list[str]) -> None:
-        """Serves until the SP's end of the link closes.
-
-        Args:
-            missing: namespaces that the kernel does not give.
-        """
-        self._missing = missing
+    def run(self) -> None:
+        """Serves until the SP's end of the link closes."""
         gc.collect()
         gc.freeze()
-        self._link.send(READY + "\n".join(missing).encode()[: MAX_MESSAGE_BYTES - 1])
+        self._link.send(READY + "\n".join(self._missing).encode()[: MAX_MESSAGE_BYTES - 1])
         poll = select.poll()
         poll.register(self._link, select.POLLIN)
         poll.register(self._wakeup, select.POLLIN)
@@ -119,6 +117,7 @@ def main() -> None:
     """`python -m spvtpm.processor.worker.zygote DESCRIPTOR`, executed by the SP only."""
     link = socket.socket(fileno=int(sys.argv[1]))
     Engine.warm_up()
+    sandbox = Sandbox.prepare()
     missing = enter_namespaces()
     # The new PID namespace begins with the next child: it becomes the zygote, this process only waits for its end.
     pid = os.fork()
@@ -126,7 +125,7 @@ def main() -> None:
         link.close()
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
     with suppress(KeyboardInterrupt):
-        Zygote(link).run(missing)
+        Zygote(link, sandbox, missing).run()
 
 
 if __name__ == "__main__":
