@@ -137,17 +137,20 @@ def _command(sp: Path, request: messages.Request, json: bool) -> None:
 
 def _print_vms(vms: list[messages.VmInfo]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table("VM", "state", "boots", "vTPM", "interface", box=None, pad_edge=False)
+    whole = Column("VM", no_wrap=True), Column("interface", overflow="fold")  # both are there to be copied
+    table = Table(whole[0], "state", "boots", "vTPM", whole[1], box=None, pad_edge=False)
     for vm in vms:
         vtpm = vm.vtpm
         where = "" if vtpm is None else vtpm.failure or vtpm.interface
         residency = "none" if vtpm is None else vtpm.residency + (", connected" if vtpm.connected else "")
-        table.add_row(str(vm.vm_id), vm.state, str(vm.boots), residency, where)
+        table.add_row(str(vm.vm_id), vm.state, str(vm.boots), residency, Text(where))  # no markup of its own
     console = Console()
-    # In a pipe nothing is cut off to fit a terminal that is not there.
-    console.print(table, width=None if console.is_terminal else 400, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = 400  # in a pipe nothing is cut off to fit a terminal that is not there
+    console.print(table)
 
 
 @hypervisor_app.command

@@ -62,7 +62,10 @@ def test_a_tpm_that_starts_or_has_been_started_is_started(code: int) -> None:
     assert sent == [tpm.startup()]
 
 
-@given(st.integers(1, 0xFFFFFFFF).filter(lambda code: code != tpm.RC_INITIALIZE).map(error_response) | st.binary(max_size=9))
+@given(
+    st.integers(1, 0xFFFFFFFF).filter(lambda code: code != tpm.RC_INITIALIZE).map(error_response)
+    | st.binary(max_size=9)
+)
 def test_a_tpm_that_does_not_start_is_told(response: bytes) -> None:
     with pytest.raises(InterfaceError):
         ensure_started(lambda _command: response)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import socketserver
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +16,7 @@ from spvtpm.wire.tpm_stream import TPM_RC_FAILURE, CommandDecoder, Transmit, err
 
 MAX_CLIENTS = 32
 _READ_BYTES = 4096
+_ACCEPT_PAUSE_S = 0.05
 
 
 def serve_pipe(transmit: Transmit, source: int, sink: int) -> None:
@@ -33,40 +34,45 @@ def serve_pipe(transmit: Transmit, source: int, sink: int) -> None:
                 response = response[os.write(sink, response) :]
 
 
-class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """Accepts on a socket that listens already; at most `MAX_CLIENTS` at a time."""
-
-    daemon_threads = True
+class _Server:
+    """Accepts on a socket that listens already, with a thread for each client; at most `MAX_CLIENTS` at a time."""
 
     def __init__(self, listener: socket.socket, handle: Callable[[socket.socket], None]) -> None:
-        super().__init__("", socketserver.BaseRequestHandler)
         self._listener = listener
         self._handle = handle
         self._room = threading.BoundedSemaphore(MAX_CLIENTS)
+        self._closing = False
+        self._thread = threading.Thread(target=self._accept_for_ever, name="tcti", daemon=True)
 
-    def fileno(self) -> int:
-        return self._listener.fileno()
+    def start(self) -> None:
+        self._thread.start()
 
-    def get_request(self) -> tuple[socket.socket, str]:
-        connection, _address = self._listener.accept()
-        return connection, ""
+    def _accept_for_ever(self) -> None:
+        while not self._closing:
+            try:
+                connection, _address = self._listener.accept()
+            except OSError:  # closing; or a client that went again, or no descriptor is left: others may fare better
+                time.sleep(0 if self._closing else _ACCEPT_PAUSE_S)
+                continue
+            if self._room.acquire(blocking=False):
+                threading.Thread(target=self._serve, args=(connection,), name="tcti", daemon=True).start()
+            else:
+                connection.close()
 
-    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
-        return self._room.acquire(blocking=False)
-
-    def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # noqa: ARG002
+    def _serve(self, connection: socket.socket) -> None:
         try:
-            with request, suppress(OSError):
-                self._handle(request)
+            with connection, suppress(OSError):
+                self._handle(connection)
         finally:
             self._room.release()
 
-    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
-        request.close()
-
-    def server_close(self) -> None:
+    def close(self) -> None:
+        self._closing = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends the accept under way
+        if self._thread.is_alive():
+            self._thread.join()
         self._listener.close()
-        super().server_close()
 
 
 class TctiServer:
@@ -89,13 +95,12 @@ class TctiServer:
     def start(self) -> None:
         """Serves in threads of its own."""
         for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.2,), name="tcti", daemon=True).start()
+            server.start()
 
     def close(self) -> None:
         """Takes no more clients."""
         for server in self._servers:
-            server.shutdown()
-            server.server_close()
+            server.close()
 
     def _serve_data(self, connection: socket.socket) -> None:
         decoder = CommandDecoder()

@@ -18,6 +18,9 @@ _SCOPES = 0b11
 """Abstract unix sockets, signals. Source: landlock(7), LANDLOCK_SCOPE_*."""
 _SCOPES_SINCE = 6
 
+_LATER = {"truncation": 3, "TCP": _NET_SINCE, "device ioctls": 5, "signals and abstract sockets": _SCOPES_SINCE}
+"""What came after the first ABI version, and with which one. Source: landlock(7), "VERSIONS"."""
+
 
 def landlock_abi() -> int:
     """Version of the running kernel's Landlock; 0 if it has none, or has it switched off.
@@ -48,6 +51,7 @@ def forbid_everything(abi: int) -> list[str]:
     net = _NET_RIGHTS if abi >= _NET_SINCE else 0
     scoped = _SCOPES if abi >= _SCOPES_SINCE else 0
     check(lib.linux_landlock_restrict((1 << rights) - 1, net, scoped), "landlock_restrict_self")
-    if not scoped:
-        return [f"this kernel's Landlock (ABI {abi}) knows no signal scope: the system call filter alone bars signals"]
+    missing = [name for name, since in _LATER.items() if abi < since]
+    if missing:
+        return [f"this kernel's Landlock (ABI {abi}) does not bar {', '.join(missing)}: other layers must hold"]
     return []

@@ -50,6 +50,8 @@ ffibuilder.cdef(
     void seccomp_release(scmp_filter_ctx ctx);
     int seccomp_rule_add_array(scmp_filter_ctx ctx, uint32_t action, int syscall, unsigned int arg_cnt,
                                const struct scmp_arg_cmp *arg_array);
+    enum scmp_filter_attr { SCMP_FLTATR_ACT_BADARCH, ... };
+    int seccomp_attr_set(scmp_filter_ctx ctx, enum scmp_filter_attr attribute, uint32_t value);
     int seccomp_syscall_resolve_name(const char *name);
     int seccomp_export_bpf(const scmp_filter_ctx ctx, int fd);
     """

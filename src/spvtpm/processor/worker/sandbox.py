@@ -31,6 +31,16 @@ _LIMITS = {
 }
 """Source: setrlimit(2). A worker needs ten descriptors and 40 MiB of address space, most of it shared code."""
 
+_MAX_THREADS = 8
+"""A worker needs two. Counted per user and user namespace. Source: setrlimit(2), RLIMIT_NPROC."""
+
+_NAMESPACES = {
+    "mount": linux.CLONE_NEWNS,
+    "network": linux.CLONE_NEWNET,
+    "IPC": linux.CLONE_NEWIPC,
+    "process": linux.CLONE_NEWPID,
+}
+
 
 def enter_namespaces() -> list[str]:
     """Puts this process, and what it forks, into namespaces of its own, with an empty read-only root and no network.
@@ -39,28 +49,49 @@ def enter_namespaces() -> list[str]:
     everything must have been imported.
 
     Returns:
-        Sentences naming each namespace that this kernel does not give.
+        Sentences naming what this kernel does not give.
     """
-    _become_nobody()
+    missing = _become_nobody()
+    # /proc/self belongs to root otherwise, and ids could not be mapped.
+    linux.set_dumpable(True)
+    missing += _unshare_all()
+    # The ids may be shared with strangers, and a zygote in a stranger's hand would hand over its workers.
+    linux.set_dumpable(False)
+    return missing
+
+
+def _unshare_all() -> list[str]:
     try:
         linux.unshare(linux.CLONE_NEWUSER)
-        _map_own_ids()
-        linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWPID)
-        linux.enter_empty_root()
     except OSError as error:
-        return [f"this kernel gives workers no namespaces of their own ({error.strerror}): other layers must hold"]
-    return []
+        return [f"this kernel gives workers no namespaces of their own ({error}): other layers must hold"]
+    _map_own_ids()
+    missing = []
+    for name, flag in _NAMESPACES.items():
+        try:
+            linux.unshare(flag)
+            if flag == linux.CLONE_NEWNS:
+                linux.enter_empty_root()
+        except OSError as error:
+            missing.append(
+                f"this kernel gives workers no {name} namespace of their own ({error}): other layers must hold"
+            )
+    return missing
 
 
-def _become_nobody() -> None:
+def _become_nobody() -> list[str]:
     """A worker of a root daemon is not root's; other users keep their id, having no other."""
-    if os.geteuid() == 0:
+    if os.geteuid() != 0:
+        return []
+    try:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    linux.set_dumpable(
-        True
-    )  # /proc/self belongs to root otherwise, and ids could not be mapped; confine() takes it back
+    except OSError as error:
+        return [
+            f"workers keep root's user id, which no limit on threads binds ({error}): give the SP a user of its own"
+        ]
+    return []
 
 
 def _map_own_ids() -> None:
@@ -101,6 +132,7 @@ class Sandbox:
         Raises:
             OSError: a layer that the kernel has does not take; do not go on.
         """
+        missing = _bound_threads()  # first: new credentials may reset what follows
         linux.set_dumpable(False)
         linux.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != expected_parent:  # it died before the signal was asked for
@@ -112,6 +144,16 @@ class Sandbox:
         linux.drop_capabilities()
         # Landlock and the filter need it, and it must come before them; the filter comes last, as it bars all of these calls.
         linux.set_no_new_privileges()
-        missing = forbid_everything(self._abi)
+        missing += forbid_everything(self._abi)
         load_filter(self._program)
         return missing
+
+
+def _bound_threads() -> list[str]:
+    """Workers share a user, so each is counted in a user namespace of its own: none can use up another's threads."""
+    try:
+        linux.unshare(linux.CLONE_NEWUSER)
+    except OSError as error:
+        return [f"nothing bounds the number of a worker's threads ({error}): bound the service's (TasksMax=)"]
+    resource.setrlimit(resource.RLIMIT_NPROC, (_MAX_THREADS, _MAX_THREADS))
+    return []

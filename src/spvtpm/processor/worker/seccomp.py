@@ -37,11 +37,15 @@ class Allowed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A system call that fails with an error instead of killing, because a library tries it and can do without."""
+    """A system call that fails with an error instead of killing, because a library tries it and can do without.
+
+    On conditions, if it is allowed on others; the two must exclude each other.
+    """
 
     name: str
     error: str
     reason: str
+    when: list[Condition] = []
 
 
 class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,10 +80,12 @@ def compile_filter(rules: Rules) -> bytes:
     """
     context = lib.seccomp_init(lib.SCMP_ACT_KILL_PROCESS)
     try:
+        # Else a call by another architecture's numbers would end one thread only, and the others would go on.
+        _checked(lib.seccomp_attr_set(context, lib.SCMP_FLTATR_ACT_BADARCH, lib.SCMP_ACT_KILL_PROCESS), "foreign calls")
         for allowed in rules.allow:
             _add(context, lib.SCMP_ACT_ALLOW, allowed.name, allowed.when)
         for refused in rules.refuse:
-            _add(context, lib.linux_act_errno(getattr(errno, refused.error)), refused.name, [])
+            _add(context, lib.linux_act_errno(getattr(errno, refused.error)), refused.name, refused.when)
         memory = os.memfd_create("filter", os.MFD_CLOEXEC)
         with os.fdopen(memory, "r+b") as file:
             _checked(lib.seccomp_export_bpf(context, memory), "seccomp_export_bpf")

@@ -1,0 +1,156 @@
+"""How long a vTPM takes to come to be, to be powered on again, to wake."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.harness import RunningSp
+from tests.tpm_commands import checked, get_random, startup
+
+from benchmarks.report import Figure, Row, Section
+from benchmarks.roundtrip import Progress, no_garbage_collection
+from benchmarks.swtpm import Swtpm
+from spvtpm.guest.crb_driver import CrbDriver
+from spvtpm.guest.memory import InterfaceMemory
+from spvtpm.guest.vm_key import read_vm_key
+from spvtpm.wire import messages
+
+_SAMPLES = 40
+_BURST = 10
+_PAUSE_S = 0.03
+"""Between two samples "at rest": long enough for the SP to have a spare worker ready again."""
+
+_clock = time.perf_counter_ns
+
+
+def _first_answer(sp: RunningSp, vm_id: uuid.UUID, vm_key: bytes) -> None:
+    with InterfaceMemory.connect(sp.interface(vm_id)) as memory:
+        driver = CrbDriver(memory, vm_key)
+        checked(driver.transmit(startup()))
+        checked(driver.transmit(get_random(32)))
+
+
+def _boot(sp: RunningSp, vm_id: uuid.UUID, request: messages.Request) -> tuple[int, int]:
+    """Nanoseconds to the hypervisor's reply, and to the guest's first answer."""
+    vm_key = read_vm_key(sp.key_path(vm_id))
+    begin = _clock()
+    sp.info(request)
+    replied = _clock()
+    _first_answer(sp, vm_id, vm_key)
+    return replied - begin, _clock() - begin
+
+
+def _boot_swtpm(path: str, state: Path, running: ExitStack) -> int:
+    """Nanoseconds to the first answer."""
+    begin = _clock()
+    swtpm = Swtpm(path, state)
+    running.callback(swtpm.stop)
+    swtpm.connect()
+    checked(swtpm.transmit(get_random(32)))
+    return _clock() - begin
+
+
+class _Lifecycle:
+    def __init__(self, sp: RunningSp, swtpm_path: str, scratch: Path) -> None:
+        self._sp = sp
+        self._swtpm_path = swtpm_path
+        self._scratch = scratch
+
+    def _new_state(self) -> Path:
+        state = self._scratch / uuid.uuid4().hex[:8]
+        state.mkdir()
+        return state
+
+    def create(self, count: int, burst: int, pause_s: float) -> tuple[list[int], list[int], list[int]]:
+        """New vTPMs, `burst` of ours back to back, then as many swtpm, `count` in all; their ends are not timed."""
+        replies: list[int] = []
+        ours: list[int] = []
+        theirs: list[int] = []
+        for _ in range(count // burst):
+            vms = [self._sp.new_vm() for _ in range(burst)]
+            time.sleep(pause_s)
+            for vm_id in vms:
+                replied, answered = _boot(self._sp, vm_id, messages.LaunchVm(vm_id=vm_id))
+                replies.append(replied)
+                ours.append(answered)
+            for vm_id in vms:
+                self._sp.call(messages.DecommissionVm(vm_id=vm_id))
+            states = [self._new_state() for _ in range(burst)]
+            time.sleep(pause_s)
+            with ExitStack() as running:
+                theirs += [_boot_swtpm(self._swtpm_path, state, running) for state in states]
+        return replies, ours, theirs
+
+    def power_on(self, count: int) -> tuple[list[int], list[int]]:
+        """One vTPM of each kind, stopped and powered on again and again from its stored state."""
+        vm_id = self._sp.launch()
+        state = self._new_state()
+        with ExitStack() as running:
+            _boot_swtpm(self._swtpm_path, state, running)
+        ours, theirs = [], []
+        for _ in range(count):
+            self._sp.call(messages.StopVm(vm_id=vm_id))
+            time.sleep(_PAUSE_S)
+            ours.append(_boot(self._sp, vm_id, messages.StartVm(vm_id=vm_id))[1])
+            time.sleep(_PAUSE_S)
+            with ExitStack() as running:
+                theirs.append(_boot_swtpm(self._swtpm_path, state, running))
+        self._sp.call(messages.DecommissionVm(vm_id=vm_id))
+        return ours, theirs
+
+    def wake(self, count: int, pause_s: float) -> list[int]:
+        """From the doorbell of a parked vTPM to the answer."""
+        vm_id = self._sp.launch()
+        times = []
+        with self._sp.driver(vm_id) as driver:
+            checked(driver.transmit(startup()))
+            for _ in range(count):
+                self._sp.call(messages.ParkVtpm(vm_id=vm_id))
+                time.sleep(pause_s)
+                begin = _clock()
+                response = driver.transmit(get_random(32))
+                times.append(_clock() - begin)
+                checked(response)
+        self._sp.call(messages.DecommissionVm(vm_id=vm_id))
+        return times
+
+
+def measure_lifecycle(sp: RunningSp, swtpm_path: str, scratch: Path, *, quick: bool, progress: Progress) -> Section:
+    """Creation, power-on and waking."""
+    section = Section("From nothing to an answer")
+    samples = _SAMPLES // 2 if quick else _SAMPLES * 2
+    lifecycle = _Lifecycle(sp, swtpm_path, scratch)
+    with no_garbage_collection():
+        progress("create, at rest")
+        replies, ours, theirs = lifecycle.create(samples, 1, _PAUSE_S)
+        rest = "LaunchVm … connect, Startup, GetRandom answered; swtpm: spawn … GetRandom answered"
+        section.rows.append(_row("create → first answer, at rest", ours, theirs, 1.0, rest))
+        section.rows.append(_row("  of it: LaunchVm → reply", replies, None, None, "made, durable, serving"))
+        progress("create, in a burst")
+        _replies, ours, theirs = lifecycle.create(samples, _BURST, _PAUSE_S)
+        burst = f"{_BURST} back to back: ours has spare workers for the first few only"
+        section.rows.append(_row("create → first answer, in a burst", ours, theirs, 1.0, burst))
+        progress("power on")
+        ours, theirs = lifecycle.power_on(samples // 2)
+        stored = "StartVm or spawn with a state that exists"
+        section.rows.append(_row("power on → first answer", ours, theirs, 1.0, stored))
+        progress("wake")
+        for name, pause_s, note in (
+            ("wake a parked vTPM, at rest", _PAUSE_S, "doorbell → GetRandom answered; a spare worker is ready"),
+            ("wake a parked vTPM, at once", 0.0, "the doorbell rings as soon as it is parked"),
+        ):
+            section.rows.append(_row(name, lifecycle.wake(samples, pause_s), None, None, note))
+    section.notes.append(
+        "Both make a TPM of their own with libtpms; ours is durable when LaunchVm answers, swtpm's is not."
+    )
+    section.notes.append("Not timed: writing our VM's key file, making swtpm's state directory, and ending either.")
+    return section
+
+
+def _row(name: str, ours: list[int], theirs: list[int] | None, target: float | None, note: str) -> Row:
+    figure: Callable[[list[int]], Figure] = lambda times: Figure.of_times(times, "ms")  # noqa: E731
+    return Row(name, "ms", figure(ours), None if theirs is None else figure(theirs), target, note)

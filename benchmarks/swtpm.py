@@ -1,0 +1,110 @@
+"""The opponent: the system's swtpm, one process per vTPM, plain commands over a unix socket."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_START_TIMEOUT_S = 10.0
+_RETRY_S = 0.00005
+_ANSWER_TIMEOUT_S = 60
+_MAX_RESPONSE_BYTES = 4096
+
+
+def find_swtpm() -> str:
+    """Path of the system's swtpm.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    path = shutil.which("swtpm")
+    if path is None:
+        raise FileNotFoundError("no swtpm to compare with: install the package `swtpm`")
+    return path
+
+
+def swtpm_version(path: str) -> str:
+    """Its version, as it says itself: "0.7.1"."""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.removeprefix("TPM emulator version ").partition(",")[0].strip()
+
+
+class Swtpm:
+    """One swtpm. Life: construct (its process is spawned) → `connect()` → `transmit()` … → `stop()`.
+
+    TPM2_Startup it does by itself (startup-clear). Its state directory may hold a TPM already; else it makes one.
+
+    Args:
+        path: of the program.
+        state: an empty directory, or one that an earlier swtpm left.
+    """
+
+    def __init__(self, path: str, state: Path) -> None:
+        self.state = state
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = [
+            *(path, "socket", "--tpm2", "--tpmstate", f"dir={state}"),
+            *("--server", f"type=unixio,path={state / 'data'}", "--ctrl", f"type=unixio,path={state / 'ctrl'}"),
+            *("--flags", "not-need-init,startup-clear"),
+        ]
+        # close_fds=False: Python's fastest way to spawn; all descriptors of ours are close-on-exec.
+        self.process = subprocess.Popen(
+            command, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def connect(self) -> Self:
+        """Connects as soon as it listens; looks every 50 µs.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        address = str(self.state / "data")
+        while True:
+            try:
+                self._socket.connect(address)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise TimeoutError(f"swtpm does not listen at {address}") from None
+                time.sleep(_RETRY_S)
+        # The kernel's own timeout: Python's would cost a poll() on every transfer.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _ANSWER_TIMEOUT_S, 0))
+        return self
+
+    def transmit(self, command: bytes) -> bytes:
+        """One command, its response."""
+        self._socket.sendall(command)
+        return self._socket.recv(_MAX_RESPONSE_BYTES)
+
+    def transmit_durably(self, command: bytes) -> bytes:
+        """One command, its response, and then what swtpm leaves out: its state file and directory on the disk."""
+        response = self.transmit(command)
+        for name in ("tpm2-00.permall", "."):
+            descriptor = os.open(self.state / name, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        return response
+
+    def stop(self) -> None:
+        """Ends it; its permanent state stays."""
+        self._socket.close()
+        self.process.kill()
+        self.process.wait()
+        for name in ("data", "ctrl"):
+            (self.state / name).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,1 @@
+"""`python -m spvtpm.demo`: the main job on real processes, told and checked. A door: it sees every domain."""

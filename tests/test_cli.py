@@ -1,0 +1,337 @@
+"""What a user of `spvtpm` sees: exit codes, one clear sentence and a hint when something is wrong, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spvtpm import cli
+from spvtpm.guest.vm_key import create_vm_key
+from spvtpm.wire import messages
+from tests.harness import RunningSp
+
+SPVTPM = (sys.executable, "-m", "spvtpm.cli")
+
+COMMANDS = [
+    ("sp", "init"),
+    ("sp", "run"),
+    ("sp", "status"),
+    *(
+        ("hypervisor", name)
+        for name in (
+            "launch",
+            "create-vtpm",
+            "start",
+            "reset",
+            "stop",
+            "park",
+            "wake",
+            "destroy-vtpm",
+            "decommission",
+            "list",
+        )
+    ),
+    ("guest", "new-key"),
+    ("guest", "tcti"),
+    ("guest", "serve"),
+]
+
+
+@pytest.fixture(scope="module")
+def sp() -> Iterator[RunningSp]:
+    """A running SP for all tests of this module."""
+    with tempfile.TemporaryDirectory(prefix="spvtpm-") as path, RunningSp(Path(path) / "sp") as running:
+        yield running
+
+
+def spvtpm(*words: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """Runs the command line."""
+    done = subprocess.run([*SPVTPM, *map(str, words)], input=stdin, capture_output=True, timeout=60)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def done(*words: str | Path) -> str:
+    """Runs a command that must succeed; returns what it printed."""
+    result = spvtpm(*words)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    return result.stdout
+
+
+def complaint(exit_code: int, *words: str | Path) -> str:
+    """Runs a command that must fail with this code; returns its sentence. Checks that there is a hint, and nothing more."""
+    result = spvtpm(*words)
+    assert result.returncode == exit_code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    sentence, hint = result.stderr.splitlines()
+    assert sentence.startswith("spvtpm: ")
+    assert hint.startswith("  ")
+    assert hint.strip().endswith(".")
+    return sentence
+
+
+def guest(sp: RunningSp, vm_id: uuid.UUID, key: Path | None = None) -> list[str | Path]:
+    """`guest tcti` for a VM."""
+    return ["guest", "tcti", "--interface", sp.interface(vm_id), "--key", key or sp.key_path(vm_id)]
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_help_of_every_command_gives_an_example(command: tuple[str, ...]) -> None:
+    text = " ".join(done(*command, "--help").split())
+
+    assert "Example: " in text
+    assert f"spvtpm {' '.join(command)} " in text
+
+
+@pytest.mark.parametrize("words", [(), ("sp",), ("hypervisor",), ("guest",)])
+def test_an_incomplete_command_shows_what_there_is(words: tuple[str, ...]) -> None:
+    assert "Commands" in done(*words)
+
+
+def test_every_command_is_in_the_list_that_these_tests_go_through() -> None:
+    groups = {"sp": cli.sp_app, "hypervisor": cli.hypervisor_app, "guest": cli.guest_app}
+    found = {(group, name) for group, app in groups.items() for name in app if not name.startswith("-")}
+
+    assert found == set(COMMANDS)
+
+
+# JSON
+
+
+def test_json_output_parses(sp: RunningSp) -> None:
+    status = json.loads(done("sp", "status", "--sp", sp.socket, "--json"))
+    assert status["type"] == "Status"
+    vm_id = sp.new_vm()
+    at = ("--sp", sp.socket, "--json")
+    launched = json.loads(done("hypervisor", "launch", str(vm_id), *at))
+    assert (launched["vm_id"], launched["state"], launched["boots"]) == (str(vm_id), "running", 1)
+    for command, residency in (("park", "parked"), ("wake", "active"), ("reset", "active"), ("stop", "off")):
+        assert json.loads(done("hypervisor", command, str(vm_id), *at))["vtpm"]["residency"] == residency
+    assert json.loads(done("hypervisor", "start", str(vm_id), *at))["boots"] == 3
+    assert json.loads(done("hypervisor", "destroy-vtpm", str(vm_id), *at))["vtpm"] is None
+    assert json.loads(done("hypervisor", "create-vtpm", str(vm_id), *at))["vtpm"]["residency"] == "active"
+    assert str(vm_id) in {vm["vm_id"] for vm in json.loads(done("hypervisor", "list", *at))["vms"]}
+    assert json.loads(done("hypervisor", "decommission", str(vm_id), *at)) == {"type": "Done"}
+
+
+def test_a_list_in_a_pipe_is_not_cut_off(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    lines = done("hypervisor", "list", "--sp", sp.socket).splitlines()
+    mine = next(line for line in lines if str(vm_id) in line)
+
+    assert mine.split()[1:4] == ["running", "1", "active"]
+    assert mine.rstrip().endswith(f"{vm_id}.sock")
+
+
+def test_status_in_words(sp: RunningSp) -> None:
+    assert done("sp", "status", "--sp", sp.socket).startswith("chip ")
+
+
+# What is wrong with the command line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bogus",),
+        ("hypervisor", "launch", "not-a-uuid", "--sp", "x"),
+        ("hypervisor", "launch", "--sp", "x"),
+        ("hypervisor", "list", "--sp"),
+        ("hypervisor", "list", "--colour", "red", "--sp", "x"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_exits_with_2_and_says_why(words: tuple[str, ...]) -> None:
+    result = spvtpm(*words)
+
+    assert result.returncode == 2
+    assert "Error" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+
+
+def test_a_bad_uuid_is_quoted() -> None:
+    assert '"not-a-uuid"' in spvtpm("hypervisor", "start", "not-a-uuid", "--sp", "x").stderr
+
+
+def test_serve_wants_one_place_to_serve_on(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    serve = ["guest", "serve", *guest(sp, vm_id)[2:]]
+
+    assert "either --socket PATH or --tcp HOST:PORT" in complaint(3, *serve)
+    assert "is not HOST:PORT" in complaint(3, *serve, "--tcp", "localhost")
+    assert "cannot listen" in complaint(4, *serve, "--socket", "/nowhere/at/all")
+
+
+# What is wrong with the secure processor
+
+
+def test_no_secure_processor_runs(tmp_path: Path) -> None:
+    assert f"no secure processor answers at {tmp_path / 'sp.sock'}" in complaint(
+        4, "sp", "status", "--sp", tmp_path / "sp.sock"
+    )
+
+
+def test_a_socket_that_a_dead_secure_processor_left_behind(state_directory: Path) -> None:
+    with RunningSp(state_directory) as running:
+        running.kill()
+
+        assert "no secure processor answers" in complaint(4, "hypervisor", "list", "--sp", running.socket)
+
+
+def test_a_secure_processor_is_made_once(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    assert f"spvtpm sp run {state}" in done("sp", "init", state)
+    before = (state / "fuses").read_bytes()
+
+    assert "exists already" in complaint(3, "sp", "init", state)
+    assert (state / "fuses").read_bytes() == before
+
+
+def test_a_secure_processor_that_cannot_be_made_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    assert str(tmp_path / "file") in complaint(4, "sp", "init", tmp_path / "file" / "state")
+
+
+def test_a_second_daemon_on_the_same_state(sp: RunningSp) -> None:
+    assert f"another secure processor runs on {sp.state}" in complaint(4, "sp", "run", sp.state)
+    assert sp.info(messages.LaunchVm(vm_id=sp.new_vm())).state == "running"
+
+
+def test_a_state_directory_that_is_none(tmp_path: Path) -> None:
+    assert "spvtpm sp init" in complaint(4, "sp", "run", tmp_path / "nothing")
+
+
+def test_a_configuration_with_an_unknown_key(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    done("sp", "init", state)
+    (state / "sp.toml").write_text("max_vmz = 3\n")
+
+    assert "max_vmz" in complaint(4, "sp", "run", state)
+
+
+def test_damaged_fuses(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    done("sp", "init", state)
+    fuses = state / "fuses"
+    fuses.write_bytes(fuses.read_bytes().replace(b'"chip_id":"', b'"chip_id":"A', 1))
+
+    assert f"the fuses file {fuses} is damaged" in complaint(4, "sp", "run", state)
+
+
+# What the hypervisor may not do
+
+
+def test_commands_that_the_security_block_refuses(sp: RunningSp) -> None:
+    at = ("--sp", sp.socket)
+    unknown, vm_id = str(uuid.uuid4()), str(sp.launch())
+
+    assert f"there is no VM {unknown}" in complaint(3, "hypervisor", "start", unknown, *at)
+    assert "already" in complaint(3, "hypervisor", "launch", vm_id, *at)
+    assert "not parked" in complaint(3, "hypervisor", "wake", vm_id, *at)
+    complaint(3, "hypervisor", "start", vm_id, *at)
+    complaint(3, "hypervisor", "create-vtpm", vm_id, *at)
+
+
+def test_a_vm_whose_key_the_secure_processor_does_not_have(sp: RunningSp) -> None:
+    vm_id = uuid.uuid4()
+
+    assert f"{vm_id}.key" in complaint(4, "hypervisor", "launch", str(vm_id), "--sp", sp.socket)
+
+
+# What is wrong inside the VM
+
+
+def test_the_wrong_key(sp: RunningSp, tmp_path: Path) -> None:
+    other = tmp_path / "other.key"
+    create_vm_key(other)
+
+    assert "another VM key" in complaint(5, *guest(sp, sp.launch(), other))
+
+
+def test_a_key_that_others_can_read(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    sp.key_path(vm_id).chmod(0o640)
+
+    assert "can be read by others: its mode must be 0600" in complaint(3, *guest(sp, vm_id))
+
+
+def test_a_key_that_is_missing_or_none(sp: RunningSp, tmp_path: Path) -> None:
+    vm_id = sp.launch()
+    short = tmp_path / "short.key"
+    short.touch(mode=0o600)
+    short.write_bytes(b"too short")
+
+    assert "cannot read the VM key" in complaint(4, *guest(sp, vm_id, tmp_path / "none.key"))
+    assert "is no VM key: it must hold 32 bytes" in complaint(4, *guest(sp, vm_id, short))
+
+
+def test_a_new_key_never_replaces_one(tmp_path: Path) -> None:
+    path = tmp_path / "vm.key"
+    assert not done("guest", "new-key", path)
+    key = path.read_bytes()
+
+    assert (len(key), path.stat().st_mode & 0o777) == (32, 0o600)
+    assert "File exists" in complaint(4, "guest", "new-key", path)
+    assert path.read_bytes() == key
+
+
+def test_no_interface_is_there(sp: RunningSp, tmp_path: Path) -> None:
+    vm_id = sp.launch()
+    place = ("--interface", tmp_path / "none.sock", "--key", sp.key_path(vm_id))
+
+    assert "cannot connect to the interface" in complaint(5, "guest", "tcti", *place)
+
+
+def test_the_interface_of_a_stopped_vm(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    sp.call(messages.StopVm(vm_id=vm_id))
+
+    assert "cannot connect to the interface" in complaint(5, *guest(sp, vm_id))
+
+
+def test_an_interface_that_another_process_holds(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    # The same command, less patient.
+    impatient = (
+        "import sys; from spvtpm import cli; from spvtpm.guest.memory import InterfaceMemory as memory;"
+        "memory.connect.__func__.__defaults__ = (0.3,); sys.argv[0] = 'spvtpm'; cli.main()"
+    )
+    with sp.driver(vm_id):
+        command = [sys.executable, "-c", impatient, *map(str, guest(sp, vm_id))]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+    assert result.returncode == 5
+    assert result.stderr.startswith(f"spvtpm: another process holds the interface {sp.interface(vm_id)}")
+    assert "Traceback" not in result.stderr
+
+
+def test_bytes_that_are_no_tpm_command(sp: RunningSp) -> None:
+    result = spvtpm(*guest(sp, sp.launch()), stdin=b"GET / HTTP/1.1\r\n\r\n")
+
+    assert result.returncode == 5
+    assert "a TPM command announces" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_pipe_that_is_closed_early_ends_quietly(sp: RunningSp) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*SPVTPM, "hypervisor", "list", "--sp", str(sp.socket)]
+    with os.fdopen(writer, "wb") as broken:
+        result = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, timeout=60)
+
+    assert b"Traceback" not in result.stderr
