@@ -41,9 +41,9 @@ logged() {
     return 1
 }
 
-# libtpms: the TPM. libseccomp: the workers' sandbox. The TPM client libraries of the `cmd` and `swtpm` kind: how
+# libtpms: the TPM. libssl: frames in VM memory. libseccomp: the workers' sandbox. The TPM client libraries of the `cmd` and `swtpm` kind: how
 # tpm2-tools reaches a vTPM. libc6-dev: without recommended packages gcc comes alone.
-packages="gcc libc6-dev libtpms-dev libseccomp-dev tpm2-tools libtss2-tcti-cmd0 libtss2-tcti-swtpm0 openssl"
+packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2-tcti-cmd0 libtss2-tcti-swtpm0 openssl"
 test_packages="libtss2-dev pkgconf swtpm" # tpm2-pytss is compiled here; the benchmarks compare with swtpm
 level=${1-}
 case $level in
@@ -92,13 +92,14 @@ venv_works() {
 # Is everything there?
 
 builders=$(find src -name '*_build.py' | sort) # x_build.py compiles _x*.so beside itself
+compiled_in="$(find src -name '*.h' | sort) src/spvtpm/wire/crb.py src/spvtpm/wire/crb_header.py"
 
 key() {
     {
         printf '%s\n' "$root"
         readlink -f -- "$venv/bin/python" || true
         # shellcheck disable=SC2086  # words
-        cat -- scripts/setup.sh pyproject.toml setup.py requirements/*.txt $builders
+        cat -- scripts/setup.sh pyproject.toml setup.py requirements/*.txt $builders $compiled_in
     } | sha256sum
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -149,6 +150,16 @@ def is_alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def has_ended(process: int, patience_ms: int = 10_000) -> bool:
+    """Waits for the end of a process (or zombie); closes its descriptor, which `os.pidfd_open` gave."""
+    try:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        return bool(poll.poll(patience_ms))
+    finally:
+        os.close(process)
 
 
 def is_root() -> bool:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 
-from spvtpm.engine.libtpms import DamagedState, Engine, EngineError
+from spvtpm.engine.errors import DamagedState, EngineError
+from spvtpm.engine.libtpms import Engine
 from tests import tpm_commands as tpm
 from tests.throwaway import ChildDied, run_in_child
 

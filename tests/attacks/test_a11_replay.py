@@ -152,4 +152,6 @@ def test_the_guest_refuses_the_response_of_another_command(vm: AttackedVm, monke
 
     monkeypatch.setattr(vm.interface, "wait", swap_when_it_rings)
     with pytest.raises(MailboxError):
-        vm.driver.transmit(tpm.get_random(8))
+        vm.driver.transmit(
+            tpm.create_primary(tpm.rsa2048())
+        )  # runs so long that the driver sleeps, and waits for the ring

@@ -15,7 +15,7 @@ from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.wire import messages
 from spvtpm.wire.errors import SpvtpmError
 from tests import tpm_commands as tpm
-from tests.harness import RunningSp, is_alive
+from tests.harness import RunningSp, has_ended
 
 ROUNDS = 200
 NV_INDEX = 0x01500016
@@ -70,7 +70,7 @@ def test_every_acknowledged_nv_write_survives_kill_9_at_random_moments(state_dir
 
 def _kill_under_load(sp: RunningSp, writers: list[Writer], generator: random.Random) -> None:
     barrier = threading.Barrier(len(writers) + 1)
-    doomed = sp.workers()
+    doomed = [os.pidfd_open(pid) for pid in sp.workers()]
     target = generator.randrange(1, 40)
     first = writers[0]
     with sp.driver(writers[0].vm_id) as one, sp.driver(writers[1].vm_id) as two:
@@ -88,11 +88,4 @@ def _kill_under_load(sp: RunningSp, writers: list[Writer], generator: random.Ran
         for thread in threads:
             thread.join()
     sp.kill()
-    assert not [pid for pid in doomed if is_alive(pid) and _is_ours(pid)], "workers die with their SP"
-
-
-def _is_ours(pid: int) -> bool:
-    try:
-        return b"zygote" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    assert all(has_ended(process) for process in doomed), "workers die with their SP"

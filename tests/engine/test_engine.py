@@ -8,12 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from spvtpm.engine.libtpms import (
-    MAX_COMMAND_BYTES,
+from spvtpm.engine.errors import (
     Blob,
     CommandTooLong,
     DamagedState,
-    Engine,
     EngineBusy,
     EngineInUse,
     LocalityOutOfRange,
@@ -21,6 +19,7 @@ from spvtpm.engine.libtpms import (
     TpmFailed,
     WrongPowerState,
 )
+from spvtpm.engine.libtpms import MAX_COMMAND_BYTES, Engine
 from tests import tpm_commands as tpm
 from tests.throwaway import in_throwaway_process, run_in_child
 

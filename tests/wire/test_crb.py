@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spvtpm.wire import crb
@@ -94,37 +94,6 @@ def test_interface_identifier_says_crb_and_nothing_that_is_not_there() -> None:
     assert bits(17, 18) == 1, "InterfaceSelector: CRB"
     assert bits(19, 19) == 1, "IntfSelLock"
     assert bits(20, 23) == 0, "reserved"
-
-
-def overlap(first: int, first_bytes: int, second: int, second_bytes: int) -> bool:
-    return first < second + second_bytes and second < first + first_bytes
-
-
-addresses = st.integers(0, 0x9000) | st.integers(0, (1 << 64) - 1)
-sizes = st.integers(0, 0x9000) | st.integers(0, 0xFFFFFFFF)
-
-
-@given(addresses, sizes)
-@example(0x7F, 1)
-@example(0x80, 1)
-@example(0x80, 0xF80)
-@example(0x80, 0xF81)
-@example(0x1FFF, 1)
-@example(0x2000, 0x6000)
-@example(0x2000, 0x6001)
-@example(0x7FFF, 1)
-@example(0x8000, 1)
-@example(0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF)
-def test_a_frame_lies_in_the_memory_and_touches_neither_registers_nor_attach_page(address: int, size: int) -> None:
-    fits = address + size <= 0x8000
-    touches = overlap(address, size, 0, 0x80) or overlap(address, size, 0x1000, 0x1000)
-    assert crb.is_frame_area(address, size) == (size > 0 and fits and not touches)
-
-
-def test_the_default_addresses_are_frame_areas_that_do_not_overlap() -> None:
-    assert crb.is_frame_area(crb.COMMAND_ADDRESS, crb.COMMAND_BYTES)
-    assert crb.is_frame_area(crb.RESPONSE_ADDRESS, crb.RESPONSE_BYTES)
-    assert not overlap(crb.COMMAND_ADDRESS, crb.COMMAND_BYTES, crb.RESPONSE_ADDRESS, crb.RESPONSE_BYTES)
 
 
 def test_attach_fields_that_are_written_alone_lie_where_the_page_has_them() -> None:

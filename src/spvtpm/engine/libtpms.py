@@ -12,10 +12,20 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from typing import Final, NamedTuple, Self
 
 from spvtpm.engine._libtpms import ffi, lib
+from spvtpm.engine.errors import (
+    Blob,
+    CommandTooLong,
+    DamagedState,
+    EngineBusy,
+    EngineInUse,
+    LocalityOutOfRange,
+    ProfileRefused,
+    TpmFailed,
+    WrongPowerState,
+)
 
 # Source: TPM_BUFFER_MAX of libtpms; the PC Client profile's buffers are never larger.
 MAX_COMMAND_BYTES: Final[int] = lib.ENGINE_BUFFER_SIZE
@@ -29,63 +39,12 @@ _SELF_TEST_FULL: Final = struct.pack(">HIIB", 0x8001, 11, 0x143, 1)
 _STIR_RANDOM_HEADER: Final = struct.pack(">HIIH", 0x8001, 140, 0x146, 128)
 
 
-class Blob(Enum):
-    """The two parts of a TPM's state."""
-
-    PERMANENT = "permanent"
-    VOLATILE = "volatile"
-
-
 class BufferSize(NamedTuple):
     """Bytes that a command or a response may have, and the limits of libtpms for it."""
 
     current: int
     smallest: int
     largest: int
-
-
-class EngineError(Exception):
-    """Base of what the engine raises itself; what the store callback raised comes through as it was."""
-
-
-class EngineInUse(EngineError):
-    """There is a live engine in this process already."""
-
-
-class EngineBusy(EngineError):
-    """Another call is inside libtpms: of another thread, or the one that called the store callback."""
-
-
-class WrongPowerState(EngineError):
-    """The call needs a TPM that is powered on, or one that is powered off."""
-
-
-class CommandTooLong(EngineError, ValueError):
-    """The command is longer than any TPM command can be; it was not executed."""
-
-
-class LocalityOutOfRange(EngineError, ValueError):
-    """Not a locality from 0 to 4."""
-
-
-class ProfileRefused(EngineError):
-    """libtpms does not know profiles (before 0.10), or not this one."""
-
-
-class DamagedState(EngineError):
-    """libtpms refuses a state blob. The engine is powered off, holds nothing of it, and can try another one.
-
-    Attributes:
-        blob: which of the two blobs was refused.
-    """
-
-    def __init__(self, blob: Blob, reason: str) -> None:
-        super().__init__(f"libtpms refuses the {blob.value} state: {reason}")
-        self.blob = blob
-
-
-class TpmFailed(EngineError):
-    """libtpms reported a failure; power the TPM off and resume it from the last stored state."""
 
 
 class Engine:
@@ -192,6 +151,16 @@ class Engine:
             self._raise_process_error(size)
         response: bytes = self._response_bytes[:size]
         return response
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """For compiled code that executes commands without Python: of `int64_t (const uint8_t *command, uint32_t size,
+        uint8_t response[4096])`, and of the 32-bit number of permanent states handed to the callback so far.
+
+        The function gives the number of response bytes, or a number below 1 where `process` would raise.
+        """
+        process = ffi.addressof(lib, "engine_process")
+        return int(ffi.cast("uintptr_t", process)), int(ffi.cast("uintptr_t", ffi.addressof(lib, "engine_stores")))
 
     def cancel(self) -> None:
         """Asks the running command to stop: it answers TPM_RC_CANCELED (0x909) or completes. From any thread.

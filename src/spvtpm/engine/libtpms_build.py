@@ -35,6 +35,7 @@ ffibuilder.cdef(
 
     extern uint32_t engine_locality;
     extern bool engine_store_failed;
+    extern uint32_t engine_stores;
 
     TPM_RESULT engine_prepare(void);
     bool engine_enter(void);
@@ -73,6 +74,7 @@ ffibuilder.set_source(
     static uint32_t engine_locality;
     static bool engine_may_manufacture;
     static bool engine_store_failed;
+    static uint32_t engine_stores;
     static bool engine_is_entered;
     static unsigned char *engine_newborn;
     static uint32_t engine_newborn_size;
@@ -138,6 +140,7 @@ ffibuilder.set_source(
             engine_store_failed = true;
             return TPM_FAIL;
         }
+        engine_stores++;
         return TPM_SUCCESS;
     }
 

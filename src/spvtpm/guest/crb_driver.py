@@ -1,16 +1,21 @@
-"""The VM's CRB driver: one TPM command in, its response out, nothing but ciphertext in the memory between."""
+"""The VM's CRB driver: one TPM command in, its response out, nothing but ciphertext in the memory between.
+
+The way of a command is `driver.h`; this opens the session, sleeps where an answer takes long, and explains refusals.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from typing import NoReturn
 
+from spvtpm.guest._crb_driver import ffi, lib
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.wire import crb, mailbox
-from spvtpm.wire.crb import Attach, AttachError, CtrlReq, CtrlSts, LocCtrl, Register
+from spvtpm.wire.crb import Attach, AttachError, LocCtrl, Register
 from spvtpm.wire.errors import InterfaceError, MailboxError
-from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES, Direction
+from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES
 
 _REASONS = {
     AttachError.BAD_ADDRESS: "a command or response address lies outside the interface's memory",
@@ -49,16 +54,17 @@ class CrbDriver:
         if attach.magic != crb.ATTACH_MAGIC or attach.layout_version != crb.LAYOUT_VERSION:
             raise InterfaceError("no vTPM interface of a version known here lies in the memory")
         self._boot_id = attach.boot_id
-        self._boot_key = mailbox.derive_boot_key(vm_key, attach.vm_id, attach.boot_id)
-        self._open_session(attach.sp_nonce)
+        boot_key = mailbox.derive_boot_key(vm_key, attach.vm_id, attach.boot_id)
+        self._session = mailbox.derive_session(boot_key, attach.sp_nonce, os.urandom(mailbox.NONCE_BYTES))
+        driver = self._driver = ffi.new("struct crb_driver *")
+        self._shared = ffi.from_buffer("uint8_t[]", self._memory, require_writable=True)
+        driver.memory = self._shared
+        driver.sp_doorbell = interface.descriptors.sp_doorbell
+        driver.session = ffi.cast("struct mailbox_session *", self._session.address)
         crb.U32.pack_into(self._memory, Register.LOC_CTRL, LocCtrl.REQUEST_ACCESS)
 
     def _read_attach(self) -> Attach:
         return Attach._make(crb.ATTACH.unpack_from(self._memory, crb.ATTACH_OFFSET))
-
-    def _open_session(self, sp_nonce: bytes) -> None:
-        self._session = mailbox.derive_session(self._boot_key, sp_nonce, os.urandom(mailbox.NONCE_BYTES))
-        self._sequence = 0
 
     def transmit(self, command: bytes, timeout_s: float = DEFAULT_TIMEOUT_S) -> bytes:
         """Sends one TPM command and waits for its response.
@@ -76,29 +82,28 @@ class CrbDriver:
         if not 0 < len(command) <= MAX_PAYLOAD_BYTES:
             raise ValueError(f"a TPM command has 1 to {MAX_PAYLOAD_BYTES} bytes, not {len(command)}")
         with self._lock:
-            self._sequence += 1
-            frame = self._session.seal(Direction.COMMAND, self._sequence, crb.COMMAND_ADDRESS, command)
-            memory = self._memory
-            memory[crb.COMMAND_ADDRESS : crb.COMMAND_ADDRESS + len(frame)] = frame
-            crb.REQ_TO_START.pack_into(memory, Register.CTRL_REQ, CtrlReq.CMD_READY, 0, 0, crb.START)
-            self._interface.ring()
-            self._wait_completion(timeout_s)
-            return self._take_response()
+            if not self._interface.is_open:
+                raise InterfaceError("this interface was closed")
+            size = lib.driver_transmit(self._driver, command, len(command))
+            if size == lib.DRIVER_WAITING:
+                size = self._wait_for_response(timeout_s)
+            if size < 0:
+                self._raise_error(size)
+            return bytes(ffi.buffer(self._driver.response, size))
 
-    def _wait_completion(self, timeout_s: float) -> None:
-        deadline = None
-        while True:
-            _req, status, _cancel, start = crb.REQ_TO_START.unpack_from(self._memory, Register.CTRL_REQ)
-            if start == 0:
-                break
-            now = time.monotonic()
-            deadline = deadline or now + timeout_s
-            if not self._interface.wait(max(0.0, deadline - now)):
-                raise InterfaceError(f"the vTPM did not answer within {timeout_s:g} s")
-        if status & CtrlSts.TPM_STS:
-            self._raise_error()
+    def _wait_for_response(self, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        while self._interface.wait(max(0.0, deadline - time.monotonic())):
+            size: int = lib.driver_take(self._driver)
+            if size != lib.DRIVER_WAITING:
+                return size
+        raise InterfaceError(f"the vTPM did not answer within {timeout_s:g} s")
 
-    def _raise_error(self) -> None:
+    def _raise_error(self, result: int) -> NoReturn:
+        if result == lib.DRIVER_FRAME:
+            mailbox.check_result(self._driver.frame_error)
+        if result == lib.DRIVER_OTHER:
+            raise MailboxError("the response is not that of this command")
         attach = self._read_attach()
         if attach.boot_id != self._boot_id:
             raise InterfaceError("the vTPM was powered on anew while this VM was running: restart the VM")
@@ -108,12 +113,10 @@ class CrbDriver:
             reason = f"unknown reason {attach.error}"
         raise InterfaceError(f"the vTPM refused: {reason}")
 
-    def _take_response(self) -> bytes:
-        frame = self._memory[crb.RESPONSE_ADDRESS : crb.RESPONSE_ADDRESS + mailbox.MAX_FRAME_BYTES]
-        header = mailbox.parse_header(frame, Direction.RESPONSE)
-        if header.sequence != self._sequence:
-            raise MailboxError("the response is not that of this command")
-        return self._session.open(Direction.RESPONSE, header, crb.RESPONSE_ADDRESS, frame)
+    @property
+    def _sequence(self) -> int:
+        sequence: int = self._driver.sequence
+        return sequence
 
     def cancel(self) -> None:
         """Asks the vTPM to cancel the command that runs; from another thread than the one in `transmit`."""

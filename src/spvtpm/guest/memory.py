@@ -23,11 +23,13 @@ class InterfaceMemory:
 
     Attributes:
         memory: `crb.MEMORY_BYTES` bytes shared with the SP, and with whoever owns the host.
+        is_open: until `close()`.
         descriptors: of the memory file and the doorbells.
     """
 
     def __init__(self, connection: socket.socket, offer: Offer) -> None:
         self._connection = connection
+        self.is_open = True
         self.descriptors = offer
         if os.fstat(offer.memory).st_size < crb.MEMORY_BYTES:
             raise InterfaceError("the offered memory is too small to be a vTPM interface")
@@ -103,8 +105,10 @@ class InterfaceMemory:
 
     def close(self) -> None:
         """Gives the interface back."""
+        self.is_open = False
         self._connection.close()
-        self.memory.close()
+        with suppress(BufferError):  # a driver still refers to it: unmapped when that goes
+            self.memory.close()
         for descriptor in self.descriptors:
             os.close(descriptor)
 

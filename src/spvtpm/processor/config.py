@@ -19,7 +19,7 @@ class SpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         allowed_uids: users whose processes may command the SP and take interfaces; the user that runs it if left out.
         max_vms: security blocks at a time.
         park_after_s: an active vTPM that did nothing for this long is parked.
-        spare_workers: sandboxed processes kept ready, so that waking and creating do not wait for a fork.
+        spare_workers: sandboxed processes kept ready for waking, and as many with a blank TPM for creating.
     """
 
     allowed_uids: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 32)]], Meta(max_length=64)] = msgspec.field(
@@ -35,7 +35,7 @@ DEFAULT_TOML = """\
 # allowed_uids = [0]    # users who may command it and take interfaces; default: the user that runs it
 # max_vms = 4096        # VM security blocks at a time
 # park_after_s = 60.0   # an active vTPM idle for this long gives up its process
-# spare_workers = 2     # sandboxed processes kept ready
+# spare_workers = 2     # sandboxed processes kept ready for waking, and as many with a blank TPM for creating
 """
 
 

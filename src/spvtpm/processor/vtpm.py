@@ -262,7 +262,7 @@ class Vtpm:
 
     async def _run_worker(self, start: Start, with_changes: Sequence[Change]) -> None:
         assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
-        worker = self._services.pool.take()
+        worker = self._services.pool.take(blank=start.permanent is None)
         self._worker = worker
         self._replies = asyncio.Queue()
         self._conversation = asyncio.create_task(self._converse(worker, list(with_changes)))

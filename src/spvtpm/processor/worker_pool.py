@@ -87,10 +87,11 @@ class Worker:
 class WorkerPool:
     """Forks workers through a zygote that is started again should it ever die.
 
-    Keeps `spare` workers forked and confined ahead of need, so that creating and waking a vTPM does not wait for a fork.
+    Keeps workers forked and confined ahead of need: bare ones, so that waking a vTPM does not wait for a fork, and such with
+    a blank TPM, so that creating one does not wait for its manufacture.
 
     Args:
-        spare: how many to keep ahead.
+        spare: how many of each kind to keep ahead.
 
     Attributes:
         missing: sentences naming each sandbox layer that this kernel does not give.
@@ -99,7 +100,7 @@ class WorkerPool:
     def __init__(self, spare: int) -> None:
         self.missing: list[str] = []
         self._spare_count = spare
-        self._spare: list[Worker] = []
+        self._spare: dict[bool, list[Worker]] = {False: [], True: []}  # by whether they are blanks
         self._workers: dict[int, Worker] = {}
         self._link: ZygoteLink | None = None
 
@@ -126,30 +127,35 @@ class WorkerPool:
 
     def _refill(self) -> None:
         with suppress(WorkerError):
-            while self._link is not None and len(self._spare) < self._spare_count:
-                self._spare.append(self._fork())
+            for blank, spare in self._spare.items():
+                while self._link is not None and len(spare) < self._spare_count:
+                    spare.append(self._fork(blank=blank))
 
-    def _fork(self) -> Worker:
+    def _fork(self, *, blank: bool) -> Worker:
         if self._link is None:
             raise WorkerError("the worker zygote is being started again")
-        tag, connection = self._link.fork()
+        tag, connection = self._link.fork(blank=blank)
         connection.setblocking(False)
         worker = Worker(self._link, tag, connection)
         self._workers[tag] = worker
         return worker
 
-    def take(self) -> Worker:
+    def take(self, *, blank: bool) -> Worker:
         """A confined worker that waits for its `Start`.
+
+        Args:
+            blank: it will manufacture a TPM, or has done so already.
 
         Raises:
             WorkerError: none can be had now.
         """
-        while self._spare:
-            worker = self._spare.pop(0)
+        spare = self._spare[blank]
+        while spare:
+            worker = spare.pop(0)
             asyncio.get_running_loop().call_soon(self._refill)
             if not worker.ended.done():
                 return worker
-        return self._fork()
+        return self._fork(blank=blank)
 
     def _on_exit(self) -> None:
         assert self._link is not None  # noqa: S101  # the reader is removed with the link
@@ -178,7 +184,8 @@ class WorkerPool:
             if not worker.ended.done():
                 worker.ended.set_result(-9)
         self._workers.clear()
-        self._spare.clear()
+        for spare in self._spare.values():
+            spare.clear()
         self._restart = loop.create_task(self.open())
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from spvtpm.processor.worker.zygote import EXIT, EXITED, FORK, KILL, MAX_MESSAGE_BYTES, READY, TAG
+from spvtpm.processor.worker.zygote import EXIT, EXITED, FORK, FORK_BLANK, KILL, MAX_MESSAGE_BYTES, READY, TAG
 from spvtpm.wire.errors import WorkerError
 
 
@@ -64,8 +64,11 @@ class ZygoteLink:
         """Readable when a worker has ended, or the zygote itself."""
         return self._socket.fileno()
 
-    def fork(self) -> tuple[int, socket.socket]:
+    def fork(self, *, blank: bool = False) -> tuple[int, socket.socket]:
         """A new worker, confined and waiting for its `Start`: its tag and this side of its control socket.
+
+        Args:
+            blank: it manufactures a TPM while it waits.
 
         Raises:
             WorkerError: the zygote is gone.
@@ -74,7 +77,9 @@ class ZygoteLink:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         with theirs:
             try:
-                socket.send_fds(self._socket, [TAG.pack(FORK, self._next_tag)], [theirs.fileno()])
+                socket.send_fds(
+                    self._socket, [TAG.pack(FORK_BLANK if blank else FORK, self._next_tag)], [theirs.fileno()]
+                )
             except OSError:
                 ours.close()
                 raise WorkerError("the worker zygote is gone") from None

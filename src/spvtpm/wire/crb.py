@@ -111,13 +111,6 @@ COMMAND_BYTES = 0x2000
 RESPONSE_ADDRESS = 0x4000
 RESPONSE_BYTES = 0x2000
 
-_FRAME_AREAS = ((DATA_BUFFER, DATA_BUFFER + DATA_BUFFER_BYTES), (COMMAND_ADDRESS, MEMORY_BYTES))
-
-
-def is_frame_area(address: int, size_bytes: int) -> bool:
-    """Whether `size_bytes` bytes at `address` lie wholly where frames may lie: never over registers or the attach page."""
-    return size_bytes > 0 and any(low <= address and address + size_bytes <= high for low, high in _FRAME_AREAS)
-
 
 class Registers(NamedTuple):
     """All registers of locality 0 as the memory holds them, read in one copy."""

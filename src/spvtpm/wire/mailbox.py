@@ -11,47 +11,48 @@ Frame, little-endian: 64-byte header (the associated data), ciphertext, 16-byte 
 (64 bits, big-endian) behind 32 zero bits. A sequence is used once per key and grows strictly; a response carries the
 sequence of the command that it answers.
 
+The code is `mailbox.h`, which both ends of the memory compile in; this is the same code for Python.
+
 Source: the shape follows the guest messages of AMD SEV-SNP (firmware ABI specification, "Guest messages"); AES-GCM:
 NIST SP 800-38D; HKDF: RFC 5869.
 """
 
 from __future__ import annotations
 
-import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
+from spvtpm.wire._mailbox import ffi, lib
 from spvtpm.wire.errors import MailboxError
 
-KEY_BYTES = 32
-NONCE_BYTES = 32
-VM_ID_BYTES = 16
-BOOT_ID_BYTES = 16
-MAX_PAYLOAD_BYTES = 4096
+KEY_BYTES: Final[int] = lib.MAILBOX_KEY_BYTES
+NONCE_BYTES: Final[int] = lib.MAILBOX_NONCE_BYTES
+VM_ID_BYTES: Final[int] = lib.MAILBOX_ID_BYTES
+BOOT_ID_BYTES: Final[int] = lib.MAILBOX_ID_BYTES
+MAX_PAYLOAD_BYTES: Final[int] = lib.MAILBOX_MAX_PAYLOAD_BYTES
 """Longest TPM command or response. Source: libtpms, TPM_BUFFER_MAX."""
 
-_HEADER = struct.Struct("<4sBBHIIQQ32s")
-_MAGIC = b"SPVM"
-_VERSION = 1
-_TAG_BYTES = 16
-HEADER_BYTES = _HEADER.size
-OVERHEAD_BYTES = HEADER_BYTES + _TAG_BYTES
-MAX_FRAME_BYTES = OVERHEAD_BYTES + MAX_PAYLOAD_BYTES
-MAX_SEQUENCE = (1 << 63) - 1
+HEADER_BYTES: Final[int] = lib.MAILBOX_HEADER_BYTES
+OVERHEAD_BYTES: Final[int] = lib.MAILBOX_OVERHEAD_BYTES
+MAX_FRAME_BYTES: Final[int] = lib.MAILBOX_MAX_FRAME_BYTES
+MAX_SEQUENCE: Final[int] = lib.MAILBOX_MAX_SEQUENCE
 
-_AEAD_NONCE = struct.Struct(">4xQ")
+_SENTENCES = {
+    lib.MAILBOX_NO_ROOM: f"no room for a frame: at least {OVERHEAD_BYTES} bytes are needed",
+    lib.MAILBOX_NO_FRAME: "no frame of this version and direction lies at the address",
+    lib.MAILBOX_BAD_SEQUENCE: "the frame's sequence is out of range",
+    lib.MAILBOX_BAD_SIZE: "the frame announces no bytes, or more than there is room for",
+    lib.MAILBOX_OTHER_PLACE: "the frame was made for another address or session",
+    lib.MAILBOX_NOT_AUTHENTIC: "the frame is not authentic for this VM, boot, session, direction and address",
+    lib.MAILBOX_CRYPTO_FAILED: "OpenSSL failed",
+}
 
 
 class Direction(IntEnum):
     """Who wrote the frame."""
 
-    COMMAND = 1
-    RESPONSE = 2
+    COMMAND = lib.MAILBOX_COMMAND
+    RESPONSE = lib.MAILBOX_RESPONSE
 
 
 class FrameHeader(NamedTuple):
@@ -63,6 +64,16 @@ class FrameHeader(NamedTuple):
     vm_nonce: bytes
 
 
+def check_result(result: int) -> None:
+    """Raises for what `mailbox.h` does not call right.
+
+    Raises:
+        MailboxError: says what is wrong with the frame.
+    """
+    if result != lib.MAILBOX_OK:
+        raise MailboxError(_SENTENCES[result])
+
+
 def derive_boot_key(vm_key: bytes, vm_id: bytes, boot_id: bytes) -> bytes:
     """The 32-byte key of one boot of one VM.
 
@@ -71,14 +82,16 @@ def derive_boot_key(vm_key: bytes, vm_id: bytes, boot_id: bytes) -> bytes:
         vm_id: 16 bytes.
         boot_id: 16 bytes.
     """
-    info = b"spvtpm mailbox boot key v1" + vm_id
-    return HKDF(SHA256(), KEY_BYTES, boot_id, info).derive(vm_key)
+    _check_sizes((vm_key, KEY_BYTES), (vm_id, VM_ID_BYTES), (boot_id, BOOT_ID_BYTES))
+    boot_key = ffi.new("uint8_t[]", KEY_BYTES)
+    if not lib.mailbox_derive_boot_key(vm_key, vm_id, boot_id, boot_key):
+        raise MailboxError(_SENTENCES[lib.MAILBOX_CRYPTO_FAILED])
+    return bytes(ffi.buffer(boot_key))
 
 
 def derive_session(boot_key: bytes, sp_nonce: bytes, vm_nonce: bytes) -> Session:
     """The session in which the SP contributed `sp_nonce` and the VM `vm_nonce` (32 bytes each)."""
-    material = HKDF(SHA256(), 2 * KEY_BYTES, sp_nonce + vm_nonce, b"spvtpm mailbox session keys v1").derive(boot_key)
-    return Session(material[:KEY_BYTES], material[KEY_BYTES:], vm_nonce)
+    return Session(boot_key, sp_nonce, vm_nonce)
 
 
 def parse_header(frame: bytes, direction: Direction) -> FrameHeader:
@@ -91,37 +104,40 @@ def parse_header(frame: bytes, direction: Direction) -> FrameHeader:
     Raises:
         MailboxError: no frame, another version or direction, reserved bits set, empty, too long, or cut off.
     """
-    if len(frame) < OVERHEAD_BYTES:
-        raise MailboxError(f"no room for a frame: {len(frame)} bytes, at least {OVERHEAD_BYTES} are needed")
-    magic, version, way, flags, payload_bytes, reserved, sequence, address, vm_nonce = _HEADER.unpack_from(frame)
-    if magic != _MAGIC or version != _VERSION or way != direction or flags or reserved:
-        raise MailboxError("no frame of this version and direction lies at the address")
-    if not 0 < sequence <= MAX_SEQUENCE:
-        raise MailboxError("the frame's sequence is out of range")
-    if not 0 < payload_bytes <= MAX_PAYLOAD_BYTES or OVERHEAD_BYTES + payload_bytes > len(frame):
-        raise MailboxError(f"the frame announces {payload_bytes} bytes, more than there is room for")
-    return FrameHeader(payload_bytes, sequence, address, vm_nonce)
+    header = ffi.new("struct mailbox_header *")
+    check_result(lib.mailbox_parse(frame, len(frame), direction, header))
+    return FrameHeader(header.payload_bytes, header.sequence, header.address, bytes(ffi.buffer(header.vm_nonce)))
+
+
+def _check_sizes(*fields: tuple[bytes, int]) -> None:
+    for content, size in fields:
+        if len(content) != size:
+            raise ValueError(f"{len(content)} bytes where {size} belong")
 
 
 class Session:
     """Both directions of one session: seals and opens frames. Knows no sequence rules but those of the tag.
 
     Args:
-        command_key: 32 bytes, for frames from the VM.
-        response_key: 32 bytes, for frames from the SP.
+        boot_key: 32 bytes.
+        sp_nonce: 32 bytes.
         vm_nonce: 32 bytes; names the session in every header.
     """
 
-    __slots__ = ("_ciphers", "_keys", "vm_nonce")
+    __slots__ = ("_session", "vm_nonce")
 
-    def __init__(self, command_key: bytes, response_key: bytes, vm_nonce: bytes) -> None:
-        self._keys = (command_key, response_key)
-        self._ciphers = {Direction.COMMAND: AESGCM(command_key), Direction.RESPONSE: AESGCM(response_key)}
+    def __init__(self, boot_key: bytes, sp_nonce: bytes, vm_nonce: bytes) -> None:
+        _check_sizes((boot_key, KEY_BYTES), (sp_nonce, NONCE_BYTES), (vm_nonce, NONCE_BYTES))
+        session = ffi.new("struct mailbox_session *")
+        if not lib.mailbox_session_derive(session, boot_key, sp_nonce, vm_nonce):
+            raise MailboxError(_SENTENCES[lib.MAILBOX_CRYPTO_FAILED])
+        self._session = ffi.gc(session, lib.mailbox_session_close)
         self.vm_nonce = vm_nonce
 
-    def dangerous_keys(self) -> tuple[bytes, bytes]:
-        """Command and response key, for the sealed state of a parked vTPM and nothing else."""
-        return self._keys
+    @property
+    def address(self) -> int:
+        """Where the `struct mailbox_session` lies, for compiled code; it lives as long as this object."""
+        return int(ffi.cast("uintptr_t", self._session))
 
     def seal(self, direction: Direction, sequence: int, address: int, payload: bytes) -> bytes:
         """The frame that carries `payload`. The caller never uses a sequence twice in one direction.
@@ -132,8 +148,9 @@ class Session:
             address: where in the shared memory the frame will lie.
             payload: 1 to 4,096 bytes.
         """
-        header = _HEADER.pack(_MAGIC, _VERSION, direction, 0, len(payload), 0, sequence, address, self.vm_nonce)
-        return header + self._ciphers[direction].encrypt(_AEAD_NONCE.pack(sequence), payload, header)
+        frame = ffi.new("uint8_t[]", OVERHEAD_BYTES + len(payload))
+        check_result(lib.mailbox_seal(self._session, direction, sequence, address, payload, len(payload), frame))
+        return bytes(ffi.buffer(frame))
 
     def open(self, direction: Direction, header: FrameHeader, address: int, frame: bytes) -> bytes:
         """The payload of a frame whose header was parsed from the same copy.
@@ -147,11 +164,9 @@ class Session:
         Raises:
             MailboxError: the tag is wrong: forged, altered, or of another VM, boot, session, direction or address.
         """
-        if header.address != address or header.vm_nonce != self.vm_nonce:
-            raise MailboxError("the frame was made for another address or session")
-        sealed = frame[HEADER_BYTES : OVERHEAD_BYTES + header.payload_bytes]
-        try:
-            nonce = _AEAD_NONCE.pack(header.sequence)
-            return self._ciphers[direction].decrypt(nonce, sealed, frame[:HEADER_BYTES])
-        except InvalidTag:
-            raise MailboxError("the frame is not authentic for this VM, boot, session, direction and address") from None
+        if len(frame) < OVERHEAD_BYTES + header.payload_bytes:
+            check_result(lib.MAILBOX_BAD_SIZE)
+        payload = ffi.new("uint8_t[]", header.payload_bytes)
+        parsed = ffi.new("struct mailbox_header *", header._asdict())
+        check_result(lib.mailbox_open(self._session, direction, parsed, address, frame, payload))
+        return bytes(ffi.buffer(payload))

@@ -1,178 +1,185 @@
 """The direct path: the CRB interface in memory shared with the VM, served by the worker without anyone in between.
 
-Everything in that memory is hostile and may change at any moment. Registers are read in one copy, the command frame in
-one copy; both are checked and used from there (no second fetch). What comes out is ciphertext.
+The work is done by `direct.h`; this gives it its memory and keys, and hands out what needs more than that.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from enum import IntEnum
 from mmap import mmap
+from typing import Final, Literal, NamedTuple
 
-from spvtpm.processor.interfaces.crb_device import CrbDevice, CrbState, Effect
+from spvtpm.processor.interfaces._direct import ffi, lib
 from spvtpm.processor.worker.messages import DirectPort, InterfaceSnapshot
-from spvtpm.wire import crb, mailbox
+from spvtpm.wire import crb
 from spvtpm.wire.crb import AttachError, Register, Registers
-from spvtpm.wire.errors import MailboxError, StorageError
-from spvtpm.wire.mailbox import Direction, FrameHeader, Session
+
+CrbStateName = Literal["IDLE", "READY", "COMPLETION"]
+_STATES: Final[dict[CrbStateName, int]] = {
+    "IDLE": lib.CRB_IDLE,
+    "READY": lib.CRB_READY,
+    "COMPLETION": lib.CRB_COMPLETION,
+}
 
 
 class TpmFailedError(Exception):
     """The TPM behind the interface cannot execute commands any more."""
 
 
+class TpmAccess(NamedTuple):
+    """How compiled code reaches the TPM, without Python in between.
+
+    Attributes:
+        execute: address of a function that executes a command: `direct_execute_function` of `direct.h`.
+        stores: address of a 32-bit number that grows whenever a changed permanent state was handed out.
+    """
+
+    execute: int
+    stores: int
+
+
+class DirectEvent(IntEnum):
+    """Why `serve` returned."""
+
+    CONTROL = lib.DIRECT_CONTROL
+    COMMAND = lib.DIRECT_COMMAND
+    STORED = lib.DIRECT_STORED
+    FAILED = lib.DIRECT_FAILED
+    REFUSED = lib.DIRECT_REFUSED
+
+
 class DirectInterface:
-    """Serves one interface. Life: construct (publishes the registers) → `service()` on every doorbell → `snapshot()`.
+    """Serves one interface. Life: construct (publishes the registers) → `serve()` … → `snapshot()`.
+
+    After `COMMAND`, `STORED` and `FAILED` a command is under way: `answer()` or `refuse()` it before the next `serve()`.
 
     Args:
         memory: the shared memory, `crb.MEMORY_BYTES` long, mapped writable.
+        doorbells: descriptors of the SP's and the VM's.
         port: whom it serves, under which key, and as it was parked.
-        execute: runs one TPM command. May raise `StorageError` (not durable, not acknowledged) or `TpmFailedError`.
-        on_refused: told of every frame that was not executed.
+        tpm: executes ordinary commands.
     """
 
-    def __init__(
-        self,
-        memory: mmap,
-        port: DirectPort,
-        execute: Callable[[bytes], bytes],
-        on_refused: Callable[[AttachError], None],
-    ) -> None:
-        self._memory = memory
-        self._port = port
-        self._execute = execute
-        self._on_refused = on_refused
-        self._device = CrbDevice()
-        self._session: Session | None = None
-        self._sequence = 0
-        self._sp_nonce = os.urandom(mailbox.NONCE_BYTES)
+    def __init__(self, memory: mmap, doorbells: tuple[int, int], port: DirectPort, tpm: TpmAccess) -> None:
+        interface = self._interface = ffi.new("struct direct_interface *")
+        self._shared = ffi.from_buffer("uint8_t[]", memory, require_writable=True)
+        interface.memory = self._shared
+        interface.sp_doorbell, interface.vm_doorbell = doorbells
+        interface.execute = ffi.cast("direct_execute_function *", tpm.execute)
+        interface.stores = ffi.cast("uint32_t *", tpm.stores)
+        interface.boot_key = port.boot_key
         if port.snapshot is not None:
             self._restore(port.snapshot)
+        elif not lib.direct_fresh_nonce(interface):
+            raise TpmFailedError("the kernel gives no random numbers")
         else:
-            publish_power_on(memory, port.vm_id, port.boot_id, self._sp_nonce)
+            publish_power_on(memory, port.vm_id, port.boot_id, bytes(interface.sp_nonce))
 
     def _restore(self, snapshot: InterfaceSnapshot) -> None:
-        self._device.state = CrbState[snapshot.state]
-        self._device.granted = snapshot.granted
-        self._device.error = AttachError(snapshot.error)
-        self._sp_nonce = snapshot.sp_nonce
-        self._sequence = snapshot.sequence
-        if snapshot.session is not None:
-            self._session = Session(*snapshot.session)
+        interface = self._interface
+        interface.device = (_STATES[snapshot.state], snapshot.granted, snapshot.error)
+        interface.sp_nonce = snapshot.sp_nonce
+        interface.sequence = snapshot.sequence
+        if snapshot.session is None:
+            return
+        *keys, vm_nonce = snapshot.session
+        if not lib.mailbox_session_open(ffi.addressof(interface.session), ffi.new("uint8_t[2][32]", keys), vm_nonce):
+            raise TpmFailedError("OpenSSL cannot open the session again")
+        interface.has_session = True
 
     def snapshot(self) -> InterfaceSnapshot:
         """The interface between two commands, for parking."""
-        session = self._session
+        interface, device = self._interface, self._interface.device
+        session = interface.session
         return InterfaceSnapshot(
-            state=self._device.state.name,  # type: ignore[arg-type]  # never EXECUTION between two commands
-            granted=self._device.granted,
-            error=self._device.error,
-            sp_nonce=self._sp_nonce,
-            sequence=self._sequence,
-            session=None if session is None else (*session.dangerous_keys(), session.vm_nonce),
+            state=next(name for name, value in _STATES.items() if value == device.state),
+            granted=device.granted,
+            error=device.error,
+            sp_nonce=bytes(interface.sp_nonce),
+            sequence=interface.sequence,
+            session=(bytes(session.keys[0]), bytes(session.keys[1]), bytes(session.vm_nonce))
+            if interface.has_session
+            else None,
         )
 
-    def service(self) -> bool:
-        """Takes the VM's register writes since the last call and runs the command if one was started.
+    def serve(self, control: int, *, hold: bool) -> DirectEvent:
+        """Serves the VM until something needs the caller.
 
-        Returns:
-            Whether anything was written, that is whether the VM waits for its doorbell.
+        Args:
+            control: descriptor that is readable when the SP has something to say.
+            hold: hand every command out, execute none.
         """
-        registers = Registers._make(crb.REGISTERS.unpack_from(self._memory))
-        device = self._device
-        if registers.loc_ctrl:
-            device.write(Register.LOC_CTRL, registers.loc_ctrl)
-            self._publish_locality()
-        elif not registers.ctrl_req and not registers.ctrl_start:
-            return False
-        if registers.ctrl_req:
-            device.write(Register.CTRL_REQ, registers.ctrl_req)
-        if registers.ctrl_start and device.write(Register.CTRL_START, registers.ctrl_start) is Effect.EXECUTE:
-            self._run(registers)
-        crb.REQ_TO_START.pack_into(self._memory, Register.CTRL_REQ, 0, device.ctrl_sts, 0, device.ctrl_start)
-        return True
+        return DirectEvent(lib.direct_serve(self._interface, control, hold))
+
+    @property
+    def command(self) -> bytes:
+        """The command under way, 1 to 4,096 bytes."""
+        interface = self._interface
+        return bytes(ffi.buffer(interface.command, interface.command_size))
+
+    @property
+    def response(self) -> bytes:
+        """After `STORED`: the response that waits."""
+        interface = self._interface
+        return bytes(ffi.buffer(interface.response, interface.response_size))
+
+    @property
+    def error(self) -> AttachError:
+        """How the last command ended."""
+        return AttachError(self._interface.device.error)
+
+    @property
+    def refused(self) -> int:
+        """How many commands were refused."""
+        count: int = self._interface.refused
+        return count
+
+    @property
+    def executed(self) -> int:
+        """How many commands were accepted."""
+        count: int = self._interface.executed
+        return count
+
+    def answer(self, response: bytes) -> bool:
+        """Ends the command under way with its response; returns as `refuse`."""
+        interface = self._interface
+        ffi.memmove(interface.response, response, min(len(response), len(interface.response)))
+        return bool(lib.direct_answer(interface, len(response)) == lib.DIRECT_REFUSED)
+
+    def refuse(self, error: AttachError) -> bool:
+        """Ends the command under way without one; returns whether the number of refusals is worth telling."""
+        return bool(lib.direct_refuse(self._interface, error) == lib.DIRECT_REFUSED)
 
     def cancel_requested(self) -> bool:
         """Whether the VM has written CTRL_CANCEL while a command runs; asked from another thread."""
-        (value,) = crb.U32.unpack_from(self._memory, Register.CTRL_CANCEL)
-        return self._device.write(Register.CTRL_CANCEL, value) is Effect.CANCEL
+        return bool(lib.direct_cancel_requested(self._interface))
 
-    def _publish_locality(self) -> None:
-        crb.U32.pack_into(self._memory, Register.LOC_STATE, self._device.loc_state)
-        crb.U32.pack_into(self._memory, Register.LOC_STS, self._device.loc_sts)
-        crb.U32.pack_into(self._memory, Register.LOC_CTRL, 0)
 
-    def _run(self, registers: Registers) -> None:
-        error = self._try_run(registers)
-        if error is AttachError.NONE:
-            self._device.complete()
-        else:
-            self._device.fail(error)
-            self._on_refused(error)
-            crb.U32.pack_into(self._memory, crb.ATTACH_ERROR_OFFSET, error)
+def warm_up() -> None:
+    """Opens a session, so that all that OpenSSL loads lazily for it is in memory before a fork.
 
-    def _try_run(self, registers: Registers) -> AttachError:
-        address, response_address = registers.cmd_addr, registers.rsp_addr
-        size = min(registers.cmd_size, mailbox.MAX_FRAME_BYTES)
-        if not crb.is_frame_area(address, size):
-            return AttachError.BAD_ADDRESS
-        if not crb.is_frame_area(response_address, min(registers.rsp_size, mailbox.MAX_FRAME_BYTES)):
-            return AttachError.BAD_ADDRESS
-        frame = self._memory[address : address + size]
-        try:
-            header = mailbox.parse_header(frame, Direction.COMMAND)
-        except MailboxError:
-            return AttachError.BAD_FRAME
-        session = self._session
-        if session is None or header.vm_nonce != session.vm_nonce:
-            session = mailbox.derive_session(self._port.boot_key, self._sp_nonce, header.vm_nonce)
-        elif header.sequence <= self._sequence:
-            return AttachError.REPLAYED
-        try:
-            command = session.open(Direction.COMMAND, header, address, frame)
-        except MailboxError:
-            return AttachError.NOT_AUTHENTIC
-        return self._answer(session, header, command, response_address, registers.rsp_size)
-
-    def _answer(
-        self, session: Session, header: FrameHeader, command: bytes, response_address: int, room: int
-    ) -> AttachError:
-        self._accept(session, header.sequence)
-        try:
-            response = self._execute(command)
-        except StorageError:
-            return AttachError.STORAGE
-        except TpmFailedError:
-            return AttachError.TPM_FAILED
-        sealed = session.seal(Direction.RESPONSE, header.sequence, response_address, response)
-        if len(sealed) > room:
-            return AttachError.RESPONSE_TOO_LONG
-        self._memory[response_address : response_address + len(sealed)] = sealed
-        return AttachError.NONE
-
-    def _accept(self, session: Session, sequence: int) -> None:
-        self._sequence = sequence
-        if session is not self._session:
-            # The nonce that this session used is spent: the same frame can never open a session again.
-            self._session = session
-            self._sp_nonce = os.urandom(mailbox.NONCE_BYTES)
-            self._memory[crb.ATTACH_NONCE_OFFSET : crb.ATTACH_NONCE_OFFSET + mailbox.NONCE_BYTES] = self._sp_nonce
+    Raises:
+        TpmFailedError: this machine's OpenSSL lacks what sessions need.
+    """
+    session = ffi.new("struct mailbox_session *")
+    if not lib.mailbox_session_derive(session, bytes(32), bytes(32), bytes(32)):
+        raise TpmFailedError("this machine's OpenSSL has no AES-256-GCM, or no HKDF")
+    lib.mailbox_session_close(session)
 
 
 def publish_power_on(memory: mmap, vm_id: bytes, boot_id: bytes, sp_nonce: bytes) -> None:
     """Writes registers and attach page as they are after power-on. Frames of an earlier boot may lie on; they are dead."""
     memory[: crb.COMMAND_ADDRESS] = bytes(crb.COMMAND_ADDRESS)
-    device = CrbDevice()
+    device = ffi.new("struct crb_device *")
     registers = Registers(
-        loc_state=device.loc_state,
+        loc_state=lib.crb_loc_state(device),
         loc_ctrl=0,
-        loc_sts=device.loc_sts,
+        loc_sts=lib.crb_loc_sts(device),
         intf_id=crb.INTF_ID_LOW,
         intf_id_vendor=crb.VENDOR_ID,
         ctrl_ext=0,
         ctrl_req=0,
-        ctrl_sts=device.ctrl_sts,
+        ctrl_sts=lib.crb_ctrl_sts(device),
         ctrl_cancel=0,
         ctrl_start=0,
         int_enable=0,

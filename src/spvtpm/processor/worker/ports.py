@@ -7,19 +7,18 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from mmap import mmap
 from typing import Protocol
 
-from spvtpm.processor.interfaces.direct import DirectInterface, TpmFailedError
-from spvtpm.processor.worker.control import SecureProcessorGoneError
-from spvtpm.processor.worker.messages import DirectPort, InterfaceSnapshot
+from spvtpm.processor.interfaces.direct import DirectEvent, DirectInterface, TpmFailedError
+from spvtpm.processor.worker.control import Control, SecureProcessorGoneError
+from spvtpm.processor.worker.messages import DirectPort, InterfaceSnapshot, Refused
+from spvtpm.processor.worker.tpm import WorkerTpm
 from spvtpm.wire import crb
 from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import StorageError
 from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES
-
-Execute = Callable[[bytes], bytes]
 
 _TPM_RC_FAILURE = bytes.fromhex("80010000000a00000101")
 """Response TPM_RC_FAILURE. Source: TCG TPM 2.0 Library Part 2, table "TPM_RC constants"."""
@@ -31,51 +30,75 @@ _TPM_RC_NV_UNAVAILABLE = bytes.fromhex("80010000000a00000923")
 class Port(Protocol):
     """One source of commands."""
 
-    def fileno(self) -> int:
-        """Readable when commands may wait."""
+    @property
+    def executed(self) -> int:
+        """How many commands came so far."""
 
-    def service(self) -> None:
-        """Takes and answers what waits."""
+    def serve(self) -> None:
+        """Takes and answers commands until the SP has something to say."""
 
     def snapshot(self) -> InterfaceSnapshot | None:
         """What must outlive parking."""
 
-    def watch(self, cancel: Callable[[], None]) -> AbstractContextManager[None]:
-        """A context in which a running command can be cancelled from outside."""
-
 
 class CrbPort:
-    """The direct path: shared memory and two doorbells."""
+    """The direct path: shared memory and two doorbells.
 
-    def __init__(
-        self,
-        port: DirectPort,
-        descriptors: list[int],
-        execute: Execute,
-        on_refused: Callable[[AttachError], None],
-    ) -> None:
-        memory, self._sp_doorbell, self._vm_doorbell = descriptors
-        self._interface = DirectInterface(mmap(memory, crb.MEMORY_BYTES), port, execute, on_refused)
+    Args:
+        port: whom it serves.
+        descriptors: memory, SP doorbell, VM doorbell.
+        tpm: executes commands.
+        control: the SP.
+    """
+
+    def __init__(self, port: DirectPort, descriptors: list[int], tpm: WorkerTpm, control: Control) -> None:
+        memory, self._sp_doorbell, vm_doorbell = descriptors
+        doorbells = self._sp_doorbell, vm_doorbell
+        self._interface = DirectInterface(mmap(memory, crb.MEMORY_BYTES), doorbells, port, tpm.access)
         os.close(memory)
+        self._tpm = tpm
+        self._control = control
 
-    def fileno(self) -> int:
-        return self._sp_doorbell
-
-    def service(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._sp_doorbell)
-        if self._interface.service():
-            with suppress(BlockingIOError):  # a VM that filled its own counter is awake
-                os.eventfd_write(self._vm_doorbell, 1)
+    @property
+    def executed(self) -> int:
+        return self._interface.executed
 
     def snapshot(self) -> InterfaceSnapshot:
         return self._interface.snapshot()
 
+    def serve(self) -> None:
+        control = self._control.fileno()
+        while not self._control.pending():
+            event = self._interface.serve(control, hold=self._tpm.waits_for_storage)
+            if event is DirectEvent.CONTROL:
+                return
+            if self._handle(event):
+                self._control.send(Refused(self._interface.error, self._interface.refused))
+
+    def _handle(self, event: DirectEvent) -> bool:
+        """Ends the command under way; returns whether the number of refusals is worth telling."""
+        interface = self._interface
+        try:
+            if event is DirectEvent.REFUSED:
+                return True
+            if event is DirectEvent.STORED:
+                self._tpm.make_durable()
+                return interface.answer(interface.response)
+            if event is DirectEvent.COMMAND:
+                with self._watch():
+                    response = self._tpm.execute(interface.command)
+                return interface.answer(response)
+        except StorageError:
+            return interface.refuse(AttachError.STORAGE)
+        except TpmFailedError:
+            pass
+        return interface.refuse(AttachError.TPM_FAILED)
+
     @contextmanager
-    def watch(self, cancel: Callable[[], None]) -> Iterator[None]:
-        """While the body runs, a VM that writes CTRL_CANCEL and rings has `cancel` called."""
+    def _watch(self) -> Iterator[None]:
+        """While the body runs, a VM that writes CTRL_CANCEL and rings has the command cancelled."""
         finished = os.eventfd(0, os.EFD_CLOEXEC)
-        thread = threading.Thread(target=self._wait_for_cancel, args=(finished, cancel))
+        thread = threading.Thread(target=self._wait_for_cancel, args=(finished, self._tpm.cancel))
         thread.start()
         try:
             yield
@@ -101,27 +124,41 @@ class CrbPort:
 
 
 class PacketPort:
-    """Plain commands, one a packet, from the process that embeds the vTPM and owns everything in it."""
+    """Plain commands, one a packet, from the process that embeds the vTPM and owns everything in it.
 
-    def __init__(self, descriptors: list[int], execute: Execute) -> None:
+    Args:
+        descriptors: the socket.
+        tpm: executes commands.
+        control: the storage of the embedding process.
+    """
+
+    def __init__(self, descriptors: list[int], tpm: WorkerTpm, control: Control) -> None:
         (descriptor,) = descriptors
         self._socket = socket.socket(fileno=descriptor)
-        self._execute = execute
+        self._tpm = tpm
+        self._control = control
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self._poll.register(control, select.POLLIN)
+        self.executed = 0
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def service(self) -> None:
-        command = self._socket.recv(MAX_PAYLOAD_BYTES + 1)
-        if not command:
-            raise SecureProcessorGoneError
-        self._socket.sendall(self._answer(command))
+    def serve(self) -> None:
+        control = self._control.fileno()
+        while not self._control.pending():
+            ready = {descriptor for descriptor, _event in self._poll.poll()}
+            if control in ready:
+                return
+            command = self._socket.recv(MAX_PAYLOAD_BYTES + 1)
+            if not command:
+                raise SecureProcessorGoneError
+            self.executed += 1
+            self._socket.sendall(self._answer(command))
 
     def _answer(self, command: bytes) -> bytes:
         if len(command) > MAX_PAYLOAD_BYTES:
             return _TPM_RC_COMMAND_SIZE
         try:
-            return self._execute(command)
+            return self._tpm.execute(command)
         except StorageError:
             return _TPM_RC_NV_UNAVAILABLE
         except TpmFailedError:
@@ -129,6 +166,3 @@ class PacketPort:
 
     def snapshot(self) -> None:
         return None
-
-    def watch(self, cancel: Callable[[], None]) -> AbstractContextManager[None]:  # noqa: ARG002  # packets have no cancel
-        return nullcontext()

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
-from spvtpm.engine.libtpms import Engine, EngineError
-from spvtpm.processor.interfaces.direct import TpmFailedError
+from spvtpm.engine.errors import EngineError
+from spvtpm.engine.libtpms import Engine
+from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
 from spvtpm.processor.worker.messages import Start
-
-_ORDINAL = struct.Struct(">6xI")
-
-LONG_COMMANDS = frozenset(
-    {
-        0x00000131,  # TPM2_CreatePrimary
-        0x00000153,  # TPM2_Create
-        0x00000191,  # TPM2_CreateLoaded
-    }
-)
-"""Commands that can generate RSA keys, the only ones long enough to be worth cancelling; libtpms looks at its cancel
-flag nowhere else. Source: TCG TPM 2.0 Library Part 2, table "TPM_CC constants"."""
 
 _SHUTDOWN_CLEAR = bytes.fromhex("80010000000c000001450000")
 """TPM2_Shutdown(TPM_SU_CLEAR). Source: TCG TPM 2.0 Library Part 3, section "TPM2_Shutdown"."""
 
 
 class WorkerTpm:
-    """One TPM. Life: construct → `start()` → `execute()` … → `take_state()` or `shut_down()`.
+    """One TPM. Life: construct → `make_blank()`, if there is time → `start()` → `execute()` … → `take_state()` or `shut_down()`.
 
     Args:
         commit: returns once a permanent state is durable, or raises `StorageError`.
-        watch: gives a context in which a long command can be cancelled; called with the function that cancels.
     """
 
-    def __init__(
-        self,
-        commit: Callable[[bytes], None],
-        watch: Callable[[Callable[[], None]], AbstractContextManager[None]],
-    ) -> None:
+    def __init__(self, commit: Callable[[bytes], None]) -> None:
         self._commit = commit
-        self._watch = watch
         self._engine = Engine(self._stored)
         self._durable = b""
         self._latest = b""
-        self.executed = 0
 
     def _stored(self, permanent: bytes) -> None:
         self._latest = permanent
+
+    def make_blank(self) -> None:
+        """Manufactures a TPM ahead of need; `start` makes it durable, or gives it up for one that exists.
+
+        Raises:
+            EngineError: libtpms cannot.
+        """
+        self._engine.manufacture()
 
     def start(self, start: Start) -> None:
         """Manufactures or resumes the TPM; returns once its state is durable.
@@ -56,14 +44,25 @@ class WorkerTpm:
             EngineError: libtpms refused the state.
             StorageError: the new state is not durable.
         """
-        if start.permanent is None:
-            self._engine.manufacture()
-        else:
+        if start.permanent is not None:
+            self._engine.power_off()
             self._durable = self._latest = start.permanent
             self._engine.resume(start.permanent, start.volatile)
-        self._make_durable()
+        elif not self._engine.is_on:
+            self._engine.manufacture()
+        self.make_durable()
 
-    def _make_durable(self) -> None:
+    @property
+    def access(self) -> TpmAccess:
+        """For compiled code that executes commands by itself: it calls `make_durable` when `stores` has changed."""
+        return TpmAccess(*self._engine.addresses)
+
+    def make_durable(self) -> None:
+        """Returns once every change is durable; one that storage refuses is kept, and tried again at the next call.
+
+        Raises:
+            StorageError: it is not.
+        """
         if self._latest != self._durable:
             self._commit(self._latest)
             self._durable = self._latest
@@ -74,25 +73,23 @@ class WorkerTpm:
         return self._latest != self._durable
 
     def execute(self, command: bytes) -> bytes:
-        """Runs one command; its NV changes are durable when this returns.
-
-        A change that storage refused stays in the TPM, unacknowledged, and is tried again before the next command.
+        """Runs one command; its NV changes, and those that waited, are durable when this returns.
 
         Raises:
             StorageError: a change is not durable; there is no answer to give.
             TpmFailedError: libtpms cannot go on.
         """
-        self._make_durable()
-        self.executed += 1
-        long_running = len(command) >= _ORDINAL.size and _ORDINAL.unpack_from(command)[0] in LONG_COMMANDS
-        cancellable = self._watch(self._engine.cancel) if long_running else nullcontext()
+        self.make_durable()
         try:
-            with cancellable:
-                response = self._engine.process(command)
+            response = self._engine.process(command)
         except EngineError as error:
             raise TpmFailedError(str(error)) from error
-        self._make_durable()
+        self.make_durable()
         return response
+
+    def cancel(self) -> None:
+        """Cancels the running command; from another thread."""
+        self._engine.cancel()
 
     def take_state(self) -> tuple[bytes, bytes | None]:
         """Volatile state, and the permanent state where it differs from the durable one."""

@@ -2,89 +2,60 @@
 
 from __future__ import annotations
 
-import select
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 
-from spvtpm.engine.libtpms import EngineError
+from spvtpm.engine.errors import EngineError
+from spvtpm.processor.interfaces.direct import TpmFailedError
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.control import Control, SecureProcessorGoneError
-from spvtpm.processor.worker.messages import (
-    Failed,
-    Off,
-    Park,
-    Parked,
-    PowerOff,
-    Ready,
-    Refused,
-    Start,
-    StillBusy,
-    ToWorker,
-)
+from spvtpm.processor.worker.messages import Failed, Off, Park, Parked, PowerOff, Ready, Start, StillBusy, ToWorker
 from spvtpm.processor.worker.ports import CrbPort, PacketPort, Port
 from spvtpm.processor.worker.tpm import WorkerTpm
-from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import MessageError, SpvtpmError
 
 
-def run(connection: socket.socket, missing: list[str]) -> None:
+def run(connection: socket.socket, missing: list[str], *, blank: bool) -> None:
     """Serves one vTPM until it is parked, powered off, or the SP is gone.
 
     Args:
         connection: to the SP.
         missing: the sandbox layers that this kernel does not give, for the SP's log.
+        blank: manufacture a TPM while waiting for the first message.
     """
     control = Control(connection)
     with suppress(SecureProcessorGoneError):
         try:
-            _Worker(control).run(missing)
-        except (SpvtpmError, EngineError) as error:
+            _Worker(control, blank=blank).run(missing)
+        except (SpvtpmError, EngineError, TpmFailedError) as error:
             control.send(Failed(str(error)[:1024]))
 
 
 class _Worker:
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, *, blank: bool) -> None:
         self._control = control
-        self._refused = 0
         self._seen_executed = 0
+        self._tpm = WorkerTpm(control.commit)
+        if blank:
+            self._tpm.make_blank()
         descriptors = control.receive_descriptors()
         start = control.receive()
         if not isinstance(start, Start):
             raise MessageError("the first message to a worker must be Start")
-        self._tpm = WorkerTpm(control.commit, self._watch)
         self._tpm.start(start)
         self._port: Port
         if isinstance(start.port, messages.DirectPort):
-            self._port = CrbPort(start.port, descriptors, self._tpm.execute, self._count_refused)
+            self._port = CrbPort(start.port, descriptors, self._tpm, control)
         else:
-            self._port = PacketPort(descriptors, self._tpm.execute)
-
-    def _watch(self, cancel: Callable[[], None]) -> AbstractContextManager[None]:
-        return self._port.watch(cancel)
-
-    def _count_refused(self, error: AttachError) -> None:
-        self._refused += 1
-        if self._refused & (self._refused - 1) == 0:
-            self._control.send(Refused(error, self._refused))
+            self._port = PacketPort(descriptors, self._tpm, control)
 
     def run(self, missing: list[str]) -> None:
         """Serves until an order to end has been carried out."""
-        port, control = self._port, self._control
-        control.send(Ready(missing))
-        poll = select.poll()
-        poll.register(port, select.POLLIN)
-        poll.register(control, select.POLLIN)
-        from_port, from_control = port.fileno(), control.fileno()
+        self._control.send(Ready(missing))
         while True:
-            for descriptor, _event in poll.poll():
-                if descriptor == from_port:
-                    port.service()
-                elif descriptor == from_control and self._obey(control.receive()):
-                    return
-            while control.pending():
-                if self._obey(control.receive()):
-                    return
+            self._port.serve()
+            if self._obey(self._control.receive()):
+                return
 
     def _obey(self, order: ToWorker) -> bool:
         """Carries out an order; returns whether it was the last."""
@@ -97,8 +68,9 @@ class _Worker:
         raise MessageError(f"{type(order).__name__} makes no sense to a running worker")
 
     def _park(self, order: Park) -> bool:
-        idle = self._tpm.executed == self._seen_executed
-        self._seen_executed = self._tpm.executed
+        executed = self._port.executed
+        idle = executed == self._seen_executed
+        self._seen_executed = executed
         if self._tpm.waits_for_storage or (order.only_if_idle and not idle):
             self._control.send(StillBusy())
             return False

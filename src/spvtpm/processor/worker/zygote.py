@@ -4,8 +4,9 @@ Started by executing Python anew, so nothing of the SP's memory is in it. It ent
 born in them and confines itself further. It is the first process of its own PID namespace where the kernel gives one:
 if it dies, the kernel kills all workers.
 
-Messages on its socket (SOCK_SEQPACKET): `F` + tag with one descriptor asks for a worker that talks over it; `K` + tag
-kills one; the zygote answers `X` + tag + wait status when a worker has ended, and `R` + text once it is ready. A tag is 32 bits.
+Messages on its socket (SOCK_SEQPACKET): `F` + tag with one descriptor asks for a worker that talks over it, `B` for one that
+manufactures a blank TPM while it waits; `K` + tag kills one; the zygote answers `X` + tag + wait status when a worker has
+ended, and `R` + text once it is ready. A tag is 32 bits.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import sys
 from contextlib import suppress
 
 from spvtpm.engine.libtpms import Engine
+from spvtpm.processor.interfaces import direct
 from spvtpm.processor.worker import worker
 from spvtpm.processor.worker.sandbox import Sandbox, enter_namespaces
 
 FORK = b"F"
+FORK_BLANK = b"B"
 KILL = b"K"
 EXITED = b"X"
 READY = b"R"
@@ -70,32 +73,32 @@ class Zygote:
         if not message:
             return False
         kind, tag = TAG.unpack(message)
-        if kind == FORK:
-            self._fork(tag, descriptors[0])
+        if kind in (FORK, FORK_BLANK):
+            self._fork(tag, descriptors[0], blank=kind == FORK_BLANK)
         elif kind == KILL:
             for pid in [pid for pid, known in self._tags.items() if known == tag]:
                 os.kill(pid, signal.SIGKILL)
         return True
 
-    def _fork(self, tag: int, descriptor: int) -> None:
+    def _fork(self, tag: int, descriptor: int, *, blank: bool) -> None:
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                self._become_worker(zygote, descriptor)
+                self._become_worker(zygote, descriptor, blank=blank)
                 status = 0
             finally:
                 os._exit(status)
         os.close(descriptor)
         self._tags[pid] = tag
 
-    def _become_worker(self, zygote: int, descriptor: int) -> None:
+    def _become_worker(self, zygote: int, descriptor: int, *, blank: bool) -> None:
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)
         self._link.close()
         missing = self._missing + self._sandbox.confine(expected_parent=zygote)
-        worker.run(socket.socket(fileno=descriptor), missing)
+        worker.run(socket.socket(fileno=descriptor), missing, blank=blank)
 
     def _reap(self) -> None:
         with suppress(BlockingIOError):
@@ -117,6 +120,7 @@ def main() -> None:
     """`python -m spvtpm.processor.worker.zygote DESCRIPTOR`, executed by the SP only."""
     link = socket.socket(fileno=int(sys.argv[1]))
     Engine.warm_up()
+    direct.warm_up()
     sandbox = Sandbox.prepare()
     missing = enter_namespaces()
     # The new PID namespace begins with the next child: it becomes the zygote, this process only waits for its end.
