@@ -191,12 +191,37 @@ def test_a_socket_that_a_dead_secure_processor_left_behind(state_directory: Path
         assert "no secure processor answers" in complaint(4, "hypervisor", "list", "--sp", running.socket)
 
 
+def test_with_json_an_error_is_json_too(tmp_path: Path) -> None:
+    result = spvtpm("hypervisor", "list", "--sp", tmp_path / "none.sock", "--json")
+
+    assert result.returncode == 4
+    assert not result.stdout
+    told = json.loads(result.stderr)
+    assert told["error"] == "not-running"
+    assert told.keys() == {"error", "message", "hint"}
+
+
+def test_a_directory_that_is_in_use_for_something_else_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "sp.toml").write_text("mine")
+
+    assert "is not empty" in complaint(4, "sp", "init", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sp.toml"]
+    assert (tmp_path / "sp.toml").read_text() == "mine"
+
+
+def test_a_start_that_fails_ends(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 90)
+    done("sp", "init", deep)
+
+    assert "is longer than 107 bytes" in complaint(4, "sp", "run", deep)
+
+
 def test_a_secure_processor_is_made_once(tmp_path: Path) -> None:
     state = tmp_path / "state"
     assert f"spvtpm sp run {state}" in done("sp", "init", state)
     before = (state / "fuses").read_bytes()
 
-    assert "exists already" in complaint(3, "sp", "init", state)
+    assert "there is a secure processor in" in complaint(3, "sp", "init", state)
     assert (state / "fuses").read_bytes() == before
 
 
@@ -266,7 +291,7 @@ def test_a_key_that_others_can_read(sp: RunningSp) -> None:
     vm_id = sp.launch()
     sp.key_path(vm_id).chmod(0o640)
 
-    assert "can be read by others: its mode must be 0600" in complaint(3, *guest(sp, vm_id))
+    assert "can be read by others: its mode must be 0600" in complaint(4, *guest(sp, vm_id))
 
 
 def test_a_key_that_is_missing_or_none(sp: RunningSp, tmp_path: Path) -> None:

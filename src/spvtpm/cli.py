@@ -1,7 +1,7 @@
 """`spvtpm`: one command group per trust domain. A door: it sees every domain, and does nothing itself.
 
 Exit codes: 0 done; 2 the command line is wrong; 3 refused; 4 a resource failed (storage, worker, socket); 5 the other side
-misbehaved; 1 anything else.
+misbehaved; 1 anything else. An error is told on stderr, with `--json` as one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ app.command(guest_app)
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for scripts.")]
 Sp = Annotated[Path, Parameter(name="--sp", help="The secure processor's socket: run/sp.sock in its state directory.")]
 Vm = Annotated[uuid.UUID, Parameter(help="The VM's id, a UUID.")]
-Interface = Annotated[Path, Parameter(name="--interface", help="The interface's socket: run/<vm id>.sock.")]
+Interface = Annotated[Path, Parameter(name="--interface", help="The interface's socket: run/VM.sock.")]
+WithoutVtpm = Annotated[bool, Parameter(negative="", help="Make none; `create-vtpm` can later.")]
 Key = Annotated[Path, Parameter(name="--key", help="The VM key's file.")]
 
 _EXIT_CODES = ((PolicyError, 3), (ResourceError, 4), (PeerError, 5), (SpvtpmError, 1))
@@ -42,7 +43,11 @@ def main() -> None:
     try:
         app()
     except SpvtpmError as error:
-        print(f"spvtpm: {error}\n  {error.hint}", file=sys.stderr)
+        if "--json" in sys.argv[1:]:
+            told = {"error": error.code, "message": str(error), "hint": error.hint}
+            print(msgspec.json.encode(told).decode(), file=sys.stderr)
+        else:
+            print(f"spvtpm: {error} [{error.code}]\n  {error.hint}", file=sys.stderr)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
     except BrokenPipeError:
         sys.exit(1)
@@ -54,7 +59,7 @@ def main() -> None:
 
 
 @sp_app.command
-def init(state: Path) -> None:
+def init(state: Path, /) -> None:
     """Make a new secure processor in an empty directory: fuses, configuration, NV store.
 
     Example: spvtpm sp init /var/lib/spvtpm
@@ -71,7 +76,7 @@ def init(state: Path) -> None:
 
 
 @sp_app.command
-def run(state: Path) -> None:
+def run(state: Path, /) -> None:
     """Run the secure processor in the foreground until SIGTERM or Ctrl-C. The log goes to stderr.
 
     Example: spvtpm sp run /var/lib/spvtpm
@@ -105,7 +110,7 @@ def status(*, sp: Sp, json: Json = False) -> None:
     if json:
         _print_json(reply)
         return
-    print(f"chip {reply.chip_id.hex()}, spvtpm {reply.software}")
+    print(f"chip {reply.chip_id}, spvtpm {reply.software}")
     print(f"VMs {reply.vms}, vTPMs active {reply.active}, parked {reply.parked}")
     for sentence in reply.missing_protection:
         print(f"missing protection: {sentence}")
@@ -154,21 +159,16 @@ def _print_vms(vms: list[messages.VmInfo]) -> None:
 
 
 @hypervisor_app.command
-def launch(vm: Vm, *, sp: Sp, without_vtpm: bool = False, json: Json = False) -> None:
+def launch(vm: Vm, /, *, sp: Sp, without_vtpm: WithoutVtpm = False, json: Json = False) -> None:
     """Make a VM's security block and begin its first boot, with a vTPM.
 
     Example: spvtpm hypervisor launch 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
-
-    Parameters
-    ----------
-    without_vtpm
-        Make none; `create-vtpm` can later.
     """
     _command(sp, messages.LaunchVm(vm_id=vm, with_vtpm=not without_vtpm), json)
 
 
 @hypervisor_app.command
-def create_vtpm(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def create_vtpm(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """Make a vTPM for a running VM that has none.
 
     Example: spvtpm hypervisor create-vtpm 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -177,7 +177,7 @@ def create_vtpm(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def start(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def start(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """Begin a new boot of a stopped VM.
 
     Example: spvtpm hypervisor start 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -186,7 +186,7 @@ def start(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def reset(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def reset(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """End the boot under way and begin a new one; also what brings a failed vTPM back.
 
     Example: spvtpm hypervisor reset 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -195,7 +195,7 @@ def reset(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def stop(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def stop(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """The VM is powered off: shut its vTPM down in order and take its interface away.
 
     Example: spvtpm hypervisor stop 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -204,7 +204,7 @@ def stop(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def park(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def park(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """Take an active vTPM's process away; its next doorbell wakes it.
 
     Example: spvtpm hypervisor park 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -213,7 +213,7 @@ def park(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def wake(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def wake(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """Give a parked vTPM a process again.
 
     Example: spvtpm hypervisor wake 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -222,7 +222,7 @@ def wake(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def destroy_vtpm(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def destroy_vtpm(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """Destroy a VM's vTPM with all its keys and NV, for good.
 
     Example: spvtpm hypervisor destroy-vtpm 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -231,7 +231,7 @@ def destroy_vtpm(vm: Vm, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def decommission(vm: Vm, *, sp: Sp, json: Json = False) -> None:
+def decommission(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     """Destroy a VM's security block and its vTPM, for good.
 
     Example: spvtpm hypervisor decommission 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
@@ -257,7 +257,7 @@ def list_vms(*, sp: Sp, json: Json = False) -> None:
 
 
 @guest_app.command
-def new_key(path: Path) -> None:
+def new_key(path: Path, /) -> None:
     """Write a new VM key, 32 random bytes, mode 0600. The VM and its secure processor must both have it.
 
     Example: spvtpm guest new-key /var/lib/spvtpm/vm-keys/6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11.key
@@ -283,7 +283,8 @@ def serve(*, interface: Interface, key: Key, socket: Path | None = None, tcp: st
     """Stay resident and serve TPM clients over sockets: the `swtpm` TCTI of tpm2-tss.
 
     Example: spvtpm guest serve --interface run/VM.sock --key VM.key --socket /run/vtpm
-    Then:    TPM2TOOLS_TCTI="swtpm:path=/run/vtpm" tpm2_getrandom --hex 8
+
+    Clients then use it with: TPM2TOOLS_TCTI="swtpm:path=/run/vtpm" tpm2_getrandom --hex 8
 
     Parameters
     ----------
@@ -292,8 +293,11 @@ def serve(*, interface: Interface, key: Key, socket: Path | None = None, tcp: st
     tcp
         HOST:PORT to serve on; the control socket is PORT+1.
     """
+    import logging
+
     from spvtpm.guest.doors import run_sockets
 
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run_sockets(interface, key, socket, tcp)
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from spvtpm.guest.tcti import TctiServer, listen_unix
-from spvtpm.processor.fuses import create_fuses, load_fuses
+from spvtpm.processor.fuses import burn_fuses, load_fuses, new_fuses
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.worker import messages
@@ -80,7 +80,9 @@ class _InDirectory:
         self._lock = lock_state(directory)
         try:
             if not (directory / "fuses").exists():
-                NvStore.create(directory / "nv.db", create_fuses(directory / "fuses").storage_root_key)
+                fuses = new_fuses()
+                NvStore.create(directory / "nv.db", fuses.storage_root_key)
+                burn_fuses(directory / "fuses", fuses)
             self._store = NvStore(directory / "nv.db", load_fuses(directory / "fuses").storage_root_key)
         except BaseException:
             os.close(self._lock)

@@ -25,13 +25,13 @@ pytestmark = [
 ]
 
 
-def as_other_user(attempt: object) -> str:
+def as_other_user(attempt: object, user: int = OTHER_USER) -> str:
     """Runs `attempt` as another user; returns what stopped it, or "done"."""
 
     def become_and_try() -> str:
         os.setgroups([])
-        os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
-        os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
         try:
             attempt()  # type: ignore[operator]
         except (OSError, SpvtpmError) as error:
@@ -81,3 +81,19 @@ def test_peer_credentials_refuse_another_user_even_where_permissions_are_open(sp
     assert f"uid {OTHER_USER}" in sp.log()
     with sp.driver(vm_id) as driver:
         tpm.checked(driver.transmit(tpm.startup()))
+
+
+def test_a_user_who_is_allowed_may_connect_and_one_who_is_not_may_not(state_directory: Path) -> None:
+    with RunningSp(state_directory, f"allowed_uids = [{os.geteuid()}, {OTHER_USER}]\n") as sp:
+        state_directory.parent.chmod(0o711)  # the test's own directory
+        vm_id = sp.launch()
+
+        assert as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms())) == "done"
+        assert as_other_user(lambda: InterfaceMemory.connect(sp.interface(vm_id)).close()) == "done"
+        for secret in ("fuses", "nv.db", f"vm-keys/{vm_id}.key", "vm-keys", "."):
+            looked = as_other_user(
+                lambda path=sp.state / secret: os.listdir(path) if path.is_dir() else path.read_bytes()
+            )  # type: ignore[misc]
+            assert "Permission denied" in looked, secret
+        refused = as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms()), OTHER_USER - 1)
+        assert refused.startswith("PermissionRefused"), refused

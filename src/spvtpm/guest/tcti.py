@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 from spvtpm.wire.errors import FrameError, SpvtpmError
 from spvtpm.wire.swtpm_control import MAX_REQUEST_BYTES, ControlCommand, answer_control
 from spvtpm.wire.tpm_stream import TPM_RC_FAILURE, CommandDecoder, Transmit, error_response
+
+log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 32
 _READ_BYTES = 4096
@@ -90,6 +93,7 @@ class TctiServer:
     ) -> None:
         self._transmit = transmit
         self._cancel = cancel
+        self._told = ""
         self._servers = (_Server(data, self._serve_data), _Server(control, self._serve_control))
 
     def start(self) -> None:
@@ -116,7 +120,10 @@ class TctiServer:
     def _answer(self, command: bytes) -> bytes:
         try:
             return self._transmit(command)
-        except SpvtpmError:
+        except SpvtpmError as error:
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("clients get TPM_RC_FAILURE: %s", error)
             return error_response(TPM_RC_FAILURE)
 
     def _serve_control(self, connection: socket.socket) -> None:

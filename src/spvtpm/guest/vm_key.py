@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from spvtpm.wire.errors import PolicyError, StorageError
+from spvtpm.wire.errors import StorageError, VmKeyError
 from spvtpm.wire.mailbox import KEY_BYTES
 
 
@@ -30,17 +30,16 @@ def read_vm_key(path: Path) -> bytes:
     """Reads a VM key.
 
     Raises:
-        StorageError: it cannot be read, or is no VM key.
-        PolicyError: others could read it too.
+        VmKeyError: it cannot be read, is no VM key, or others could read it too.
     """
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             key = file.read(KEY_BYTES + 1)
     except OSError as error:
-        raise StorageError(f"cannot read the VM key {path}: {error.strerror}") from None
+        raise VmKeyError(f"cannot read the VM key {path}: {error.strerror}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise PolicyError(f"the VM key {path} can be read by others: its mode must be 0600")
+        raise VmKeyError(f"the VM key {path} can be read by others: its mode must be 0600")
     if len(key) != KEY_BYTES:
-        raise StorageError(f"{path} is no VM key: it must hold {KEY_BYTES} bytes")
+        raise VmKeyError(f"{path} is no VM key: it must hold {KEY_BYTES} bytes")
     return key

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from spvtpm.wire.errors import FrameError, ResourceError, error_from_code
+from spvtpm.wire.errors import FrameError, NotRunning, ResourceError, error_from_code
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import ErrorReply, Reply, Request, encode_message, parse_reply
 
@@ -23,7 +23,7 @@ class SecureProcessorClient:
         timeout_s: how long one command may take.
 
     Raises:
-        ResourceError: nobody listens there, or this user may not connect.
+        NotRunning: nobody listens there, or this user may not connect.
     """
 
     def __init__(self, path: Path, timeout_s: float = 120.0) -> None:
@@ -34,7 +34,7 @@ class SecureProcessorClient:
             self._socket.connect(str(path))
         except OSError as error:
             self._socket.close()
-            raise ResourceError(f"no secure processor answers at {path}: {error.strerror or error}") from None
+            raise NotRunning(f"no secure processor answers at {path}: {error.strerror or error}") from None
 
     def call(self, request: Request) -> Reply:
         """Has one command carried out.

@@ -9,7 +9,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from spvtpm.wire.errors import StorageError
+from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.errors import ConfigError
 
 
 class SpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,7 +19,7 @@ class SpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         allowed_uids: users whose processes may command the SP and take interfaces; the user that runs it if left out.
         max_vms: security blocks at a time.
-        park_after_s: an active vTPM that did nothing for this long is parked.
+        park_after_s: an active vTPM that did nothing for this long, at most twice as long, is parked.
         spare_workers: sandboxed processes kept ready for waking, and as many with a blank TPM for creating.
     """
 
@@ -43,11 +44,11 @@ def load_config(path: Path) -> SpConfig:
     """Reads the file.
 
     Raises:
-        StorageError: it is missing, or a key is unknown or out of bounds.
+        ConfigError: it is missing, or a key is unknown or out of bounds.
     """
     try:
         return msgspec.toml.decode(path.read_bytes(), type=SpConfig)
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from None
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise StorageError(f"{path}: {error}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (*UNDECODABLE, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,6 +1,6 @@
 """The secure processor's daemon: start, stop, recover. Owns every other part.
 
-State directory, mode 0700:
+State directory, mode 0700 (0711 if other users are allowed to connect):
 
     fuses          the chip's secrets (a file that stands for fuses)
     sp.toml        configuration
@@ -18,12 +18,13 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
 from spvtpm.processor.config import DEFAULT_TOML, load_config
-from spvtpm.processor.fuses import Fuses, create_fuses, load_fuses
+from spvtpm.processor.fuses import Fuses, burn_fuses, load_fuses, new_fuses
 from spvtpm.processor.hypervisor_port import HypervisorPort
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.own_memory import protect_own_memory
@@ -35,26 +36,32 @@ from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire import messages
-from spvtpm.wire.errors import StorageError
+from spvtpm.wire.errors import AlreadyInitialised, StorageError
 
 log = logging.getLogger(__name__)
 
 
 def initialise(state: Path) -> Fuses:
-    """Makes a new secure processor: burns fuses, writes a configuration and an empty NV store.
+    """Makes a new secure processor in an empty directory: configuration, NV store, and fuses last of all.
 
     Raises:
-        AlreadyExists: there is one in this directory.
-        StorageError: the directory cannot be written.
+        AlreadyInitialised: there is one in this directory.
+        StorageError: the directory is not empty, or cannot be written.
     """
+    fuses = new_fuses()
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (state / "vm-keys").mkdir(mode=0o700, exist_ok=True)
-        fuses = create_fuses(state / "fuses")
+        if (state / "fuses").exists():
+            raise AlreadyInitialised(f"there is a secure processor in {state} already")
+        if any(state.iterdir()):
+            raise StorageError(f"{state} is not empty: a new secure processor needs a directory of its own")
+        state.chmod(0o700)
+        (state / "vm-keys").mkdir(mode=0o700)
         (state / "sp.toml").write_text(DEFAULT_TOML)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or state}: {error.strerror}") from None
     NvStore.create(state / "nv.db", fuses.storage_root_key)
+    burn_fuses(state / "fuses", fuses)
     return fuses
 
 
@@ -72,21 +79,29 @@ class SecureProcessor:
     """
 
     def __init__(self, state: Path) -> None:
+        state = state.absolute()
         self._missing = protect_own_memory()
         if not state.is_dir():
             raise StorageError(f"{state} is no directory; `spvtpm sp init` makes one")
-        self._lock = lock_state(state)
         self._state = state
         self._config = load_config(state / "sp.toml")
-        self._fuses = load_fuses(state / "fuses")
-        self._store = NvStore(state / "nv.db", self._fuses.storage_root_key)
+        with ExitStack() as cleanup:
+            cleanup.callback(os.close, lock_state(state))
+            self._fuses = load_fuses(state / "fuses")
+            self._store = NvStore(state / "nv.db", self._fuses.storage_root_key)
+            cleanup.callback(self._store.close)
+            self._cleanup = cleanup.pop_all()
         self._stopping = asyncio.Event()
 
     async def run(self, on_ready: Callable[[Path], None]) -> None:
-        """Serves until SIGTERM or SIGINT, then shuts every vTPM down in order.
+        """Serves until SIGTERM or SIGINT, then shuts every vTPM down in order. Not to be called again.
 
         Args:
             on_ready: told the path of the hypervisor's socket once it listens.
+
+        Raises:
+            ResourceError: a socket cannot be had.
+            WorkerError: this machine cannot run workers.
         """
         _raise_descriptor_limit()
         for sentence in self._missing:
@@ -94,28 +109,30 @@ class SecureProcessor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        runtime = self._state / "run"
-        runtime.mkdir(mode=0o700, exist_ok=True)
+        async with AsyncExitStack() as cleanup:
+            cleanup.push(self._cleanup)
+            await self._serve(cleanup, on_ready)
+            await self._stopping.wait()
+            log.info("stopping: shutting vTPMs down in order")
+
+    async def _serve(self, cleanup: AsyncExitStack, on_ready: Callable[[Path], None]) -> None:
         uids = frozenset(self._config.allowed_uids)
+        runtime = _make_runtime(self._state, uids)
         pool = WorkerPool(self._config.spare_workers)
+        cleanup.callback(pool.close)
         await pool.open()
         self._missing += pool.missing
         vtpms = VtpmManager(VtpmServices(self._store, pool, ParkingLot(), runtime, uids), self._config.park_after_s)
+        cleanup.push_async_callback(vtpms.close)
         keys = VmKeyFiles(self._state / "vm-keys")
         self._security = SecurityManager(self._store, vtpms, keys, self._config.max_vms)
         self._security.load()
-        port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
         parking = asyncio.create_task(vtpms.park_idle_for_ever())
+        cleanup.callback(parking.cancel)
+        port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
+        cleanup.callback(port.close)
         log.info("secure processor %s runs on %s", self._fuses.chip_id.hex(), self._state)
         on_ready(runtime / "sp.sock")
-        await self._stopping.wait()
-        log.info("stopping: shutting vTPMs down in order")
-        port.close()
-        parking.cancel()
-        await vtpms.close()
-        pool.close()
-        self._store.close()
-        os.close(self._lock)
 
     async def carry_out(self, request: messages.Request) -> messages.Reply:
         """One command of the hypervisor."""
@@ -144,9 +161,22 @@ class SecureProcessor:
                 return messages.VmList(security.list())
             case messages.GetStatus():
                 vms, active, parked = security.residents()
-                return messages.Status(self._fuses.chip_id, version("spvtpm"), vms, active, parked, self._missing)
+                return messages.Status(self._fuses.chip_id.hex(), version("spvtpm"), vms, active, parked, self._missing)
             case _:
                 assert_never(request)
+
+
+def _make_runtime(state: Path, allowed_uids: frozenset[int]) -> Path:
+    """The directory of sockets. Other users can pass through the state directory if they are allowed, and only then."""
+    runtime = state / "run"
+    mode = 0o711 if allowed_uids - {0, os.geteuid()} else 0o700
+    try:
+        runtime.mkdir(exist_ok=True)
+        for directory in (state, runtime):
+            directory.chmod(mode)
+    except OSError as error:
+        raise StorageError(f"cannot use {error.filename}: {error.strerror}") from None
+    return runtime
 
 
 def _raise_descriptor_limit() -> None:

@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from spvtpm.processor.private_files import create_private_file, read_private_file
-from spvtpm.wire.errors import AlreadyExists, FusesError, StorageError
+from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.errors import AlreadyInitialised, FusesError, StorageError
 
 _MAX_FILE_BYTES = 4096
 _Secret32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -38,26 +39,29 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: Annotated[int, Meta(ge=1, le=1)]
     fuses: msgspec.Raw
-    sha256: Annotated[str, Meta(min_length=64, max_length=64)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-def create_fuses(path: Path) -> Fuses:
-    """Burns a new chip's fuses: fresh random secrets in a new file.
+def new_fuses() -> Fuses:
+    """A new chip's secrets, fresh and random, not burnt yet."""
+    return Fuses(chip_id=os.urandom(16), storage_root_key=os.urandom(32))
+
+
+def burn_fuses(path: Path, fuses: Fuses) -> None:
+    """Writes a new chip's fuses: the last step of making it, so that a chip with fuses is whole.
 
     Raises:
-        AlreadyExists: the file exists; fuses are burnt once.
+        AlreadyInitialised: the file exists; fuses are burnt once.
         FusesError: the file cannot be written.
     """
-    fuses = Fuses(chip_id=os.urandom(16), storage_root_key=os.urandom(32))
     content = msgspec.json.encode(fuses)
     digest = hashlib.sha256(content).hexdigest()
     try:
         create_private_file(path, msgspec.json.encode(_File(1, msgspec.Raw(content), digest)))
     except FileExistsError:
-        raise AlreadyExists(f"the fuses file {path} exists already") from None
+        raise AlreadyInitialised(f"the fuses file {path} exists already") from None
     except OSError as error:
         raise FusesError(f"cannot write the fuses file {path}: {error.strerror}") from None
-    return fuses
 
 
 def load_fuses(path: Path) -> Fuses:
@@ -73,6 +77,6 @@ def load_fuses(path: Path) -> Fuses:
         return msgspec.json.decode(file.fuses, type=Fuses)
     except StorageError as error:
         raise FusesError(str(error)) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         # The decoder's own message is left out: it could quote what it could not read.
         raise FusesError(f"the fuses file {path} is damaged: it is not what `spvtpm sp init` writes") from None

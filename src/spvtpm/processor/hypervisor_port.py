@@ -37,7 +37,7 @@ class HypervisorPort:
         self._path = path
         self._allowed_uids = allowed_uids
         self._carry_out = carry_out
-        self._listener = listen(path)
+        self._listener = listen(path, allowed_uids)
         self._connections: set[asyncio.Task[None]] = set()
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
 

@@ -1,8 +1,9 @@
 """Non-volatile storage of the SP: sealed records in SQLite, durable before `commit` returns.
 
 Every record is sealed with AES-256-GCM under a key derived from the storage root key; its name and version are associated
-data, so a record cannot stand in for another one. Which records exist is itself sealed (the index), so none can be removed
-or added unseen. All changes that wait when a commit begins go into one transaction: one sync for many vTPMs.
+data, so a record cannot stand in for another one. Which records exist, and in which version, is itself sealed (the index:
+shards, and a root that knows the versions of the shards), so none can be removed, added or put back to an older version
+unseen. All changes that wait when a commit begins go into one transaction: one sync for many vTPMs.
 
 A whole store put back to an older copy of itself is not noticed here; that needs a counter in the fuses.
 """
@@ -26,10 +27,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from spvtpm.wire.errors import AlreadyExists, IntegrityError, StorageError
+from spvtpm.wire.errors import AlreadyInitialised, IntegrityError, StorageError
 
 INDEX_SHARDS = 64
-"""The index is spread over this many records, so that adding one name re-seals little."""
+"""The index is spread over this many records, so that a commit re-seals little."""
+
+_INDEX = "index/"
+_ROOT = "index/root"
+_SHARDS = tuple(f"{_INDEX}{number:02}" for number in range(INDEX_SHARDS))
 
 _SCHEMA = """
 CREATE TABLE records (
@@ -42,21 +47,22 @@ CREATE TABLE records (
 _SALT_BYTES = 16
 _NONCE_BYTES = 12
 _VERSION = struct.Struct(">Q")
+_CACHE_KIB = 256
+"""SQLite's page cache: records are written often and read once a boot, so there is little to gain from more."""
 
 Change = tuple[str, bytes | None]
 """A record's name and its new content; None removes it."""
 
 
 def _shard_of(name: str) -> str:
-    return f"index/{hashlib.sha256(name.encode()).digest()[0] % INDEX_SHARDS:02}"
+    return _SHARDS[hashlib.sha256(name.encode()).digest()[0] % INDEX_SHARDS]
 
 
 class _Sealer:
-    """Seals and opens records. One key per record and process: random nonces never come near their bound."""
+    """Seals and opens records. Each sealing has a key of its own, so random nonces never come near their bound."""
 
     def __init__(self, root_key: bytes) -> None:
         self._root_key = root_key
-        self._own: dict[str, tuple[bytes, AESGCM]] = {}
 
     def _cipher(self, name: str, salt: bytes) -> AESGCM:
         return AESGCM(HKDF(SHA256(), 32, salt, b"spvtpm nv record v1/" + name.encode()).derive(self._root_key))
@@ -67,12 +73,8 @@ class _Sealer:
 
     def seal(self, name: str, version: int, content: bytes) -> tuple[bytes, bytes]:
         """Salt and sealed bytes."""
-        if name not in self._own:
-            salt = os.urandom(_SALT_BYTES)
-            self._own[name] = salt, self._cipher(name, salt)
-        salt, cipher = self._own[name]
-        nonce = os.urandom(_NONCE_BYTES)
-        return salt, nonce + cipher.encrypt(nonce, content, self._associated(name, version))
+        salt, nonce = os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
+        return salt, nonce + self._cipher(name, salt).encrypt(nonce, content, self._associated(name, version))
 
     def open(self, name: str, version: int, salt: bytes, sealed: bytes) -> bytes:
         """The content.
@@ -80,22 +82,37 @@ class _Sealer:
         Raises:
             IntegrityError: altered, another record's, or of another SP.
         """
-        own = self._own.get(name)
-        cipher = own[1] if own is not None and own[0] == salt else self._cipher(name, salt)
         try:
+            cipher = self._cipher(name, salt)
             return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], self._associated(name, version))
         except (InvalidTag, ValueError, OverflowError):
             raise IntegrityError(f"NV record {name} is altered, or belongs to another secure processor") from None
-
-    def forget(self, name: str) -> None:
-        self._own.pop(name, None)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA busy_timeout=5000")
+    connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
     return connection
+
+
+def _checked(rows: Iterable[tuple[object, object]]) -> dict[str, int]:
+    """Names and versions; in a file changed from outside they may be of any type.
+
+    Raises:
+        IntegrityError: they are.
+    """
+    versions = {}
+    for name, version in rows:
+        if not isinstance(name, str) or not isinstance(version, int) or not 0 < version < 1 << 63:
+            raise IntegrityError(f"the NV store has a row that it never wrote: {str(name)[:64]!r}")
+        versions[name] = version
+    return versions
+
+
+def _wrong_version(name: str, found: int, expected: int | None) -> IntegrityError:
+    return IntegrityError(f"NV record {name} is version {found}, expected was {expected}: it was put back or replaced")
 
 
 class NvStore:
@@ -106,7 +123,7 @@ class NvStore:
         root_key: 32 bytes, the storage root key.
 
     Raises:
-        IntegrityError: the file is missing or damaged, a record was removed or added, or the root key is another one.
+        IntegrityError: the file is missing or damaged, a record was removed, added or put back, or the root key is another.
         StorageError: the file cannot be opened.
     """
 
@@ -118,7 +135,7 @@ class NvStore:
             self._reader = _connect(path)
             self._writer = _connect(path)
             self._reader.execute("PRAGMA journal_mode=WAL")
-            self._versions = dict(self._reader.execute("SELECT name, version FROM records"))
+            self._versions = _checked(self._reader.execute("SELECT name, version FROM records"))
         except sqlite3.DatabaseError as error:
             raise IntegrityError(f"the NV store {path} is damaged: {error}") from None
         self._index = self._check_index()
@@ -128,14 +145,14 @@ class NvStore:
 
     @classmethod
     def create(cls, path: Path, root_key: bytes) -> None:
-        """Makes an empty store.
+        """Makes an empty store, for fuses that are burnt after it.
 
         Raises:
-            AlreadyExists: there is a file already.
+            AlreadyInitialised: there is one, whose fuses were lost or never burnt; it is not replaced.
             StorageError: it cannot be written.
         """
         if path.exists():
-            raise AlreadyExists(f"the NV store {path} exists already")
+            raise AlreadyInitialised(f"the NV store {path} exists already, but its fuses do not")
         sealer = _Sealer(root_key)
         temporary = path.with_suffix(".new")
         try:
@@ -143,27 +160,35 @@ class NvStore:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
             connection = _connect(temporary)
             connection.execute(_SCHEMA)
-            empty = msgspec.msgpack.encode([])
-            for shard in range(INDEX_SHARDS):
-                name = f"index/{shard:02}"
-                connection.execute("INSERT INTO records VALUES (?, 1, ?, ?)", (name, *sealer.seal(name, 1, empty)))
+            index = {name: msgspec.msgpack.encode({}) for name in _SHARDS}
+            index[_ROOT] = msgspec.msgpack.encode(dict.fromkeys(_SHARDS, 1))
+            connection.execute("BEGIN")
+            for name, content in index.items():
+                connection.execute("INSERT INTO records VALUES (?, 1, ?, ?)", (name, *sealer.seal(name, 1, content)))
+            connection.execute("COMMIT")
             connection.close()
             temporary.rename(path)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(f"cannot make the NV store {path}: {error}") from None
 
-    def _check_index(self) -> dict[str, set[str]]:
-        index = {}
-        for shard in range(INDEX_SHARDS):
-            name = f"index/{shard:02}"
-            index[name] = set(msgspec.msgpack.decode(self.read(name), type=list[str]))
-        known = set().union(*index.values())
-        present = {name for name in self._versions if not name.startswith("index/")}
-        for name in sorted(known - present):
-            raise IntegrityError(f"NV record {name} was removed from the store")
-        for name in sorted(present - known):
-            raise IntegrityError(f"NV record {name} was added to the store from outside")
+    def _check_index(self) -> dict[str, dict[str, int]]:
+        self._check_versions(self._read_index(_ROOT), {name for name in _SHARDS if name in self._versions})
+        index = {shard: self._read_index(shard) for shard in _SHARDS}
+        known = {name: version for names in index.values() for name, version in names.items()}
+        self._check_versions(known, {name for name in self._versions if not name.startswith(_INDEX)})
         return index
+
+    def _read_index(self, name: str) -> dict[str, int]:
+        return msgspec.msgpack.decode(self.read(name), type=dict[str, int])
+
+    def _check_versions(self, known: dict[str, int], present: set[str]) -> None:
+        for name, version in sorted(known.items()):
+            if name not in present:
+                raise IntegrityError(f"NV record {name} was removed from the store")
+            if version != self._versions[name]:
+                raise _wrong_version(name, self._versions[name], version)
+        for name in sorted(present - known.keys()):
+            raise IntegrityError(f"NV record {name} was added to the store from outside")
 
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""
@@ -184,7 +209,7 @@ class NvStore:
             raise IntegrityError(f"NV record {name} is missing")
         version, salt, sealed = row
         if version != self._versions.get(name):
-            raise IntegrityError(f"NV record {name} is version {version}, expected was {self._versions.get(name)}")
+            raise _wrong_version(name, version, self._versions.get(name))
         if not isinstance(salt, bytes) or not isinstance(sealed, bytes):
             raise IntegrityError(f"NV record {name} is altered")
         return self._sealer.open(name, version, salt, sealed)
@@ -236,29 +261,35 @@ class NvStore:
 
     def _transact(self, changes: Iterable[Change]) -> None:
         versions = dict[str, int | None]()
-        shards = dict[str, set[str]]()
+        index = dict[str, dict[str, int]]()
         self._writer.execute("BEGIN IMMEDIATE")
         try:
             for name, content in changes:
                 known = versions[name] if name in versions else self._versions.get(name)
-                if (content is None) != (known is None):  # it goes, or it is new
-                    shard = shards.setdefault(_shard_of(name), set(self._index[_shard_of(name)]))
-                    shard ^= {name}
-                versions[name] = self._put(name, known or 0, content)
-            for name, names in shards.items():
-                versions[name] = self._put(name, self._versions[name], msgspec.msgpack.encode(sorted(names)))
+                version = versions[name] = self._put(name, known or 0, content)
+                shard = index.setdefault(_shard_of(name), dict(self._index[_shard_of(name)]))
+                if version is None:
+                    shard.pop(name, None)
+                else:
+                    shard[name] = version
+            self._put_index(index, versions)
             self._writer.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
             raise
-        self._index.update(shards)
+        self._index.update(index)
         for name, version in versions.items():
             if version is None:
                 self._versions.pop(name, None)
-                self._sealer.forget(name)
             else:
                 self._versions[name] = version
+
+    def _put_index(self, index: dict[str, dict[str, int]], versions: dict[str, int | None]) -> None:
+        for shard, names in index.items():
+            versions[shard] = self._put(shard, self._versions[shard], msgspec.msgpack.encode(names))
+        root = {shard: versions.get(shard) or self._versions[shard] for shard in _SHARDS}
+        versions[_ROOT] = self._put(_ROOT, self._versions[_ROOT], msgspec.msgpack.encode(root))
 
     def _put(self, name: str, version: int, content: bytes | None) -> int | None:
         if content is None:

@@ -22,6 +22,7 @@ from typing import Annotated, Self
 import msgspec
 from msgspec import Meta
 
+from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, WrongState
 
 
@@ -125,7 +126,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         """
         try:
             stored = msgspec.msgpack.decode(record, type=_Record)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise IntegrityError(f"the security block of VM {vm_id} is damaged: {error}") from None
         if stored.vm_id != vm_id:
             raise IntegrityError(f"the security block of VM {vm_id} is that of VM {stored.vm_id}")

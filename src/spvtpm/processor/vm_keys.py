@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from spvtpm.processor.private_files import read_private_file
-from spvtpm.wire.errors import StorageError
+from spvtpm.wire.errors import StorageError, VmKeyError
 from spvtpm.wire.mailbox import KEY_BYTES, derive_boot_key
 
 
@@ -21,7 +21,7 @@ class VmKeys(Protocol):
         """The 32-byte key of one boot.
 
         Raises:
-            StorageError: the VM's key is not known.
+            VmKeyError: the VM's key is not known.
         """
 
 
@@ -37,7 +37,10 @@ class VmKeyFiles:
 
     def boot_key(self, vm_id: uuid.UUID, boot_id: bytes) -> bytes:
         path = self._directory / f"{vm_id}.key"
-        key = read_private_file(path, KEY_BYTES)
+        try:
+            key = read_private_file(path, KEY_BYTES)
+        except StorageError as error:
+            raise VmKeyError(f"the VM's key: {error}") from None
         if len(key) != KEY_BYTES:
-            raise StorageError(f"{path} holds {len(key)} bytes, not a VM key of {KEY_BYTES}")
+            raise VmKeyError(f"{path} holds {len(key)} bytes, not a VM key of {KEY_BYTES}")
         return derive_boot_key(key, vm_id.bytes, boot_id)

@@ -21,29 +21,13 @@ from spvtpm.processor.interfaces.direct import publish_outage
 from spvtpm.processor.interfaces.offer import InterfaceOffer
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.parking import ParkingLot
-from spvtpm.processor.worker.messages import (
-    Commit,
-    Committed,
-    DirectPort,
-    Failed,
-    FromWorker,
-    Off,
-    Park,
-    Parked,
-    PowerOff,
-    Ready,
-    Refused,
-    Start,
-    StillBusy,
-)
-from spvtpm.processor.worker_pool import Worker, WorkerPool
+from spvtpm.processor.worker.messages import DirectPort, FromWorker, Off, Park, Parked, PowerOff, Start, StillBusy
+from spvtpm.processor.worker_pool import WorkerPool
+from spvtpm.processor.worker_session import WorkerSession, misbehaviour
 from spvtpm.wire.crb import AttachError
-from spvtpm.wire.errors import PeerError, SpvtpmError, StorageError, WorkerError, WrongState
+from spvtpm.wire.errors import SpvtpmError, WorkerError, WrongState
 
 log = logging.getLogger(__name__)
-
-_REPLY_TIMEOUT_S = 60.0
-"""A worker that has not answered by then is killed; the longest command, RSA key generation, takes a few seconds."""
 
 _OUTAGE_PAUSE_S = 0.02
 """Rings at an interface that nobody serves are answered at most this often, so that a flood costs nothing."""
@@ -104,9 +88,7 @@ class Vtpm:
         self._on_failure = on_failure
         self._lock = asyncio.Lock()
         self._boot: tuple[bytes, bytes] | None = None
-        self._worker: Worker | None = None
-        self._conversation: asyncio.Task[None] | None = None
-        self._replies: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+        self._session: WorkerSession | None = None
 
     async def manufacture(self, boot_id: bytes, boot_key: bytes, with_changes: Sequence[Change]) -> None:
         """Makes a new TPM and powers it on; its first state and `with_changes` become durable together.
@@ -170,7 +152,9 @@ class Vtpm:
             if isinstance(reply, StillBusy):
                 return False
             if not isinstance(reply, Parked):
-                raise await self._misbehaved(reply)
+                error = misbehaviour(f"vTPM {self.vtpm_id}", reply)
+                await self._fail(str(error))
+                raise error
             self._services.parking.put(self.vtpm_id, reply)
             await self._dismiss(Residency.PARKED)
             self._watch(self._wake_on_ring)
@@ -198,7 +182,7 @@ class Vtpm:
             await self._run_worker(Start(port, permanent, parked.volatile), [])
         except SpvtpmError as error:
             # Its volatile state is spent: from here only a new boot leads on.
-            self._fail(str(error))
+            await self._fail(str(error))
             raise
 
     async def power_off(self) -> None:
@@ -239,10 +223,8 @@ class Vtpm:
     async def abandon(self) -> None:
         """Ends everything at once, without order: before destruction, or when the SP ends."""
         async with self._lock:
-            if self._worker is not None:
-                await self._dismiss(Residency.OFF)
+            await self._dismiss(Residency.OFF)
             self._services.parking.drop(self.vtpm_id)
-            self.residency = Residency.OFF
             self._release_interface()
 
     def _release_interface(self) -> None:
@@ -263,113 +245,44 @@ class Vtpm:
     async def _run_worker(self, start: Start, with_changes: Sequence[Change]) -> None:
         assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
         worker = self._services.pool.take(blank=start.permanent is None)
-        self._worker = worker
-        self._replies = asyncio.Queue()
-        self._conversation = asyncio.create_task(self._converse(worker, list(with_changes)))
+        first_changes = list(with_changes)
+
+        async def commit(permanent: bytes) -> None:
+            changes = [(record_name(self.vtpm_id), permanent), *first_changes]
+            await asyncio.wrap_future(self._services.store.commit(changes))
+            first_changes.clear()
+
+        async def notice_end(reason: str) -> None:
+            async with self._lock:
+                if self._session is session and self.residency is Residency.ACTIVE:
+                    await self._fail(reason)
+
+        session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end)
         try:
-            await worker.start(start, list(self.interface.offer))
-            reply = await self._reply()
+            ready = await session.start(start, list(self.interface.offer))
         except WorkerError:
             await self._dismiss(Residency.OFF)
             raise
-        if not isinstance(reply, Ready):
-            raise await self._misbehaved(reply)
-        self._services.pool.note_missing(reply.missing)
+        self._services.pool.note_missing(ready.missing)
         self.residency = Residency.ACTIVE
 
     async def _order(self, order: Park | PowerOff) -> FromWorker:
-        assert self._worker is not None  # noqa: S101  # an active vTPM has one
+        assert self._session is not None  # noqa: S101  # an active vTPM has one
         try:
-            await self._worker.send(order)
-            return await self._reply()
+            return await self._session.order(order)
         except WorkerError as error:
-            self._fail(str(error))
+            await self._fail(str(error))
             raise
 
-    async def _reply(self) -> FromWorker:
-        try:
-            reply = await asyncio.wait_for(self._replies.get(), _REPLY_TIMEOUT_S)
-        except TimeoutError:
-            raise WorkerError(f"the worker of vTPM {self.vtpm_id} did not answer") from None
-        if reply is None:
-            raise WorkerError(f"the worker of vTPM {self.vtpm_id} died{await self._epitaph()}")
-        return reply
-
-    async def _misbehaved(self, reply: FromWorker) -> WorkerError:
-        await self._dismiss(Residency.OFF)
-        said = reply.reason if isinstance(reply, Failed) else f"it said {type(reply).__name__} out of turn"
-        return WorkerError(f"the worker of vTPM {self.vtpm_id} failed: {said}")
-
     async def _dismiss(self, residency: Residency) -> None:
-        """Ends the worker; its state is elsewhere, or not wanted."""
-        worker, self._worker = self._worker, None
-        conversation, self._conversation = self._conversation, None
+        session, self._session = self._session, None
         self.residency = residency
-        if worker is not None:
-            worker.kill()
-        if conversation is not None:
-            conversation.cancel()
-            await asyncio.gather(conversation, return_exceptions=True)
-        if worker is not None:
-            worker.close()
+        if session is not None:
+            await session.end()
 
-    async def _converse(self, worker: Worker, with_changes: list[Change]) -> None:
-        """Hears what the worker says, commits what it asks, and notices when it ends."""
-        reason = ""
-        try:
-            async for message in worker.receive():
-                if isinstance(message, Commit):
-                    await worker.send(await self._commit(message, with_changes))
-                elif isinstance(message, Refused):
-                    error = AttachError(message.error).name
-                    log.warning(
-                        "vTPM %s: refused %d frames so far, the last one: %s", self.vtpm_id, message.count, error
-                    )
-                else:
-                    reason = message.reason if isinstance(message, Failed) else reason
-                    self._replies.put_nowait(message)
-        except (PeerError, ValueError) as error:
-            reason = f"the worker broke the protocol: {error}"
-            worker.kill()
-        except WorkerError:
-            pass
-        self._replies.put_nowait(None)
-        self._obituary = asyncio.create_task(self._notice_end(worker, reason))
-
-    async def _notice_end(self, worker: Worker, reason: str) -> None:
-        async with self._lock:
-            if self._worker is worker and self.residency is Residency.ACTIVE:
-                self._fail(reason or f"the worker died{await self._epitaph()}")
-
-    async def _epitaph(self) -> str:
-        if self._worker is None:
-            return ""
-        try:
-            code = await asyncio.wait_for(asyncio.shield(self._worker.ended), 1.0)
-        except TimeoutError:
-            return ""
-        return f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
-
-    async def _commit(self, message: Commit, with_changes: list[Change]) -> Committed:
-        changes = [(record_name(self.vtpm_id), message.permanent), *with_changes]
-        try:
-            await asyncio.wrap_future(self._services.store.commit(changes))
-        except StorageError as error:
-            log.error("vTPM %s: an NV change is not durable: %s", self.vtpm_id, error)
-            return Committed(str(error))
-        with_changes.clear()
-        return Committed()
-
-    def _fail(self, reason: str) -> None:
+    async def _fail(self, reason: str) -> None:
         log.error("vTPM %s of VM %s failed: %s", self.vtpm_id, self.vm_id, reason)
-        worker, self._worker = self._worker, None
-        conversation, self._conversation = self._conversation, None
-        if conversation is not None:
-            conversation.cancel()
-        if worker is not None:
-            worker.kill()
-            asyncio.get_running_loop().call_soon(worker.close)  # after the conversation has let go of it
-        self.residency = Residency.FAILED
+        await self._dismiss(Residency.FAILED)
         self.failure = reason
         self._watch(self._answer_outage)
         self._answer_outage()

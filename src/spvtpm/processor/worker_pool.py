@@ -16,7 +16,8 @@ from spvtpm.wire.framing import FrameDecoder, encode_frame
 
 log = logging.getLogger(__name__)
 
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 12
+_REFILL_PAUSE_S = 0.01
 
 
 class Worker:
@@ -103,6 +104,7 @@ class WorkerPool:
         self._spare: dict[bool, list[Worker]] = {False: [], True: []}  # by whether they are blanks
         self._workers: dict[int, Worker] = {}
         self._link: ZygoteLink | None = None
+        self._refilling: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Starts the zygote.
@@ -125,7 +127,13 @@ class WorkerPool:
                 self.missing.append(sentence)
                 log.warning("sandbox: %s", sentence)
 
+    def _refill_later(self) -> None:
+        """Not at once: whoever took a worker should have the machine for what it took it for."""
+        if self._refilling is None:
+            self._refilling = asyncio.get_running_loop().call_later(_REFILL_PAUSE_S, self._refill)
+
     def _refill(self) -> None:
+        self._refilling = None
         with suppress(WorkerError):
             for blank, spare in self._spare.items():
                 while self._link is not None and len(spare) < self._spare_count:
@@ -152,7 +160,7 @@ class WorkerPool:
         spare = self._spare[blank]
         while spare:
             worker = spare.pop(0)
-            asyncio.get_running_loop().call_soon(self._refill)
+            self._refill_later()
             if not worker.ended.done():
                 return worker
         return self._fork(blank=blank)

@@ -51,7 +51,7 @@ class InterfaceError(PeerError):
     """The vTPM interface did not behave as the specification says, or is gone."""
 
     code = "interface"
-    hint = "Look at the vTPM's state with `spvtpm hypervisor list`; a failed vTPM needs `spvtpm hypervisor reset`."
+    hint = "Start the client again; if that does not help, restart the VM. The VM's host sees more in `spvtpm hypervisor list`."
 
 
 class PolicyError(SpvtpmError):
@@ -82,6 +82,13 @@ class AlreadyExists(PolicyError):
     hint = "A VM has one security block, and a security block has one vTPM."
 
 
+class AlreadyInitialised(AlreadyExists):
+    """The directory holds a secure processor already."""
+
+    code = "initialised"
+    hint = "Run the one that is there, or give another directory. Removing it destroys every vTPM in it."
+
+
 class WrongState(PolicyError):
     """The VM's or vTPM's state does not allow this command now."""
 
@@ -94,6 +101,13 @@ class ResourceError(SpvtpmError):
 
     code = "resource"
     hint = "Free the resource named in the message and try again."
+
+
+class NotRunning(ResourceError):
+    """No secure processor listens on the socket."""
+
+    code = "not-running"
+    hint = "Start it with `spvtpm sp run DIR`; its socket is DIR/run/sp.sock. It takes commands once it says so."
 
 
 class StorageError(ResourceError):
@@ -115,6 +129,22 @@ class FusesError(StorageError):
 
     code = "fuses"
     hint = "Restore the fuses file with mode 0600, owned by the user that runs the secure processor."
+
+
+class ConfigError(StorageError):
+    """The configuration cannot be read, or says something that makes no sense."""
+
+    code = "config"
+    hint = "Correct the file. Every key may be left out; `spvtpm sp init` writes a file that names them all."
+
+
+class VmKeyError(StorageError):
+    """A VM's key is missing, readable by others, or none."""
+
+    code = "vm-key"
+    hint = (
+        "Make it with `spvtpm guest new-key FILE`: 32 bytes, mode 0600, the same for the VM and its secure processor."
+    )
 
 
 class StateInUse(ResourceError):

@@ -1,18 +1,22 @@
 """Every message between domains: what a hypervisor may ask of its secure processor, and the answers.
 
-One request and one answer at a time on a connection, each a frame (`framing.py`) of MessagePack. The version stands in every
-message; another version is refused. Command names follow the firmware of AMD SEV where it has them (launch, decommission).
+One request and one answer at a time on a connection, each a frame (`framing.py`): one byte with the version, then MessagePack.
+Another version is refused. Command names follow the firmware of AMD SEV where it has them (launch, decommission).
 """
 
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import MessageError
+
+VERSION = 1
+_VERSION_BYTE = bytes([VERSION])
 
 MAX_REQUEST_BYTES = 4096
 """A hypervisor's request is small; the bound keeps what an unread connection can hold small too."""
@@ -22,7 +26,7 @@ Code = Annotated[str, Meta(max_length=64)]
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    version: Literal[1] = 1
+    pass
 
 
 class LaunchVm(_Request, frozen=True):
@@ -147,7 +151,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The secure processor.
 
     Attributes:
-        chip_id: 16 bytes.
+        chip_id: 32 hexadecimal digits.
         software: version of spvtpm.
         vms: how many security blocks there are.
         active: vTPMs with a process.
@@ -155,7 +159,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         missing_protection: sentences naming each sandbox layer that this kernel does not give.
     """
 
-    chip_id: bytes
+    chip_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
     software: str
     vms: int
     active: int
@@ -181,6 +185,7 @@ class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=Tr
 
 Reply = VmInfo | VmList | Status | Done | ErrorReply
 
+_Message = TypeVar("_Message")
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -188,7 +193,17 @@ _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 def encode_message(message: Request | Reply) -> bytes:
     """The message as one frame's payload."""
-    return _encoder.encode(message)
+    return _VERSION_BYTE + _encoder.encode(message)
+
+
+def _parse(decoder: msgspec.msgpack.Decoder[_Message], payload: bytes) -> _Message:
+    if payload[:1] != _VERSION_BYTE:
+        found = f"version {payload[0]}" if payload else "nothing"
+        raise MessageError(f"not understood: {found} where version {VERSION} was expected")
+    try:
+        return decoder.decode(memoryview(payload)[1:])
+    except UNDECODABLE as error:
+        raise MessageError(f"not understood: {error}") from None
 
 
 def parse_request(payload: bytes) -> Request:
@@ -197,10 +212,7 @@ def parse_request(payload: bytes) -> Request:
     Raises:
         MessageError: it is no request of this version.
     """
-    try:
-        return _request_decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise MessageError(f"not understood: {error}") from None
+    return _parse(_request_decoder, payload)
 
 
 def parse_reply(payload: bytes) -> Reply:
@@ -209,7 +221,4 @@ def parse_reply(payload: bytes) -> Reply:
     Raises:
         MessageError: it is no answer of this version.
     """
-    try:
-        return _reply_decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise MessageError(f"not understood: {error}") from None
+    return _parse(_reply_decoder, payload)

@@ -291,6 +291,16 @@ static bool direct_is_readable(int descriptor)
     return poll(&look, 1, 0) > 0;
 }
 
+/* Takes the rings that wait, and what they were about: none is left to wake a vTPM that is about to be parked. */
+static enum direct_event direct_turn_to_control(struct direct_interface *interface, bool hold)
+{
+    enum direct_event event;
+
+    direct_drain(interface);
+    event = direct_service(interface, hold);
+    return event > DIRECT_SERVED ? event : DIRECT_CONTROL;
+}
+
 /* Serves the VM until something needs the caller: an event above DIRECT_SERVED.
 
    control: descriptor that is readable when the SP has something to say. */
@@ -302,24 +312,22 @@ static enum direct_event direct_serve(struct direct_interface *interface, int co
 
     for (;;) {
         enum direct_event event = direct_service(interface, hold);
+        int64_t now = direct_now();
 
         if (event > DIRECT_SERVED)
             return event;
-        int64_t now = direct_now();
         if (event == DIRECT_SERVED) {
             sleep_after = now + DIRECT_SPIN_NS;
             if (now < look_after)
                 continue;
             if (look_after != 0 && direct_is_readable(control))
-                return DIRECT_CONTROL;
+                return direct_turn_to_control(interface, hold);
             look_after = now + DIRECT_CONTROL_NS;
         } else if (now < sleep_after) {
             sched_yield();
-        } else {
-            if (poll(waits, 2, -1) < 0)
-                continue;
+        } else if (poll(waits, 2, -1) > 0) {
             if (waits[1].revents != 0)
-                return DIRECT_CONTROL;
+                return direct_turn_to_control(interface, hold);
             direct_drain(interface);
         }
     }

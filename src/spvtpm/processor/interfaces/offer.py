@@ -38,8 +38,14 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def listen(path: Path) -> socket.socket:
-    """A unix stream socket that listens at `path`, with mode 0600; a stale file there is replaced.
+def listen(path: Path, allowed_uids: frozenset[int]) -> socket.socket:
+    """A unix stream socket that listens at `path`; a stale file there is replaced.
+
+    Whom it lets connect is a first hurdle; whoever accepts a connection looks at `peer_uid`.
+
+    Args:
+        path: of the socket.
+        allowed_uids: mode 0600 lets this process's own user and root in, who may be all; mode 0666 everybody.
 
     Raises:
         ResourceError: the path is too long, or cannot be used.
@@ -49,7 +55,7 @@ def listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         path.unlink(missing_ok=True)
-        old = os.umask(0o177)
+        old = os.umask(0o111 if allowed_uids - {0, os.geteuid()} else 0o177)
         try:
             listener.bind(str(path))
         finally:
@@ -85,7 +91,7 @@ class InterfaceOffer:
         self._allowed_uids = allowed_uids
         self._turn = asyncio.Lock()
         self._connections: set[asyncio.Task[None]] = set()
-        self._listener = listen(path)
+        self._listener = listen(path, allowed_uids)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self.offer = Offer(_new_memory(), os.eventfd(0, flags), os.eventfd(0, flags))
         asyncio.get_running_loop().add_reader(self._listener, self._accept)

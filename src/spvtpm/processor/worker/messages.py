@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import MessageError
 
 MAX_PERMANENT_BYTES = 256 * 1024
@@ -71,7 +72,7 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     Attributes:
         port: where commands come from.
         permanent: the TPM's permanent state, authenticated by the SP; none manufactures a new TPM.
-        volatile: its volatile state when it was parked; none is a power-on.
+        volatile: its volatile state as `Parked` gave it; none is a power-on.
     """
 
     port: DirectPort | PacketPort
@@ -135,7 +136,7 @@ class Parked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Answer to `Park`; the worker's last words.
 
     Attributes:
-        volatile: the TPM's volatile state.
+        volatile: the TPM's volatile state, packed.
         permanent: its permanent state where it differs from the last one committed.
         snapshot: the interface.
     """
@@ -176,7 +177,7 @@ def encode(message: ToWorker | FromWorker) -> bytes:
 def _parse(decoder: msgspec.msgpack.Decoder[_Message], payload: bytes) -> _Message:
     try:
         return decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise MessageError(f"no message between SP and worker: {error}") from None
 
 

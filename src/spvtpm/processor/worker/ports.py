@@ -46,7 +46,7 @@ class CrbPort:
 
     Args:
         port: whom it serves.
-        descriptors: memory, SP doorbell, VM doorbell.
+        descriptors: memory, SP doorbell, VM doorbell; they stay the caller's.
         tpm: executes commands.
         control: the SP.
     """
@@ -55,7 +55,6 @@ class CrbPort:
         memory, self._sp_doorbell, vm_doorbell = descriptors
         doorbells = self._sp_doorbell, vm_doorbell
         self._interface = DirectInterface(mmap(memory, crb.MEMORY_BYTES), doorbells, port, tpm.access)
-        os.close(memory)
         self._tpm = tpm
         self._control = control
 
@@ -127,14 +126,14 @@ class PacketPort:
     """Plain commands, one a packet, from the process that embeds the vTPM and owns everything in it.
 
     Args:
-        descriptors: the socket.
+        descriptors: the socket; it stays the caller's.
         tpm: executes commands.
         control: the storage of the embedding process.
     """
 
     def __init__(self, descriptors: list[int], tpm: WorkerTpm, control: Control) -> None:
         (descriptor,) = descriptors
-        self._socket = socket.socket(fileno=descriptor)
+        self._socket = socket.socket(fileno=os.dup(descriptor))
         self._tpm = tpm
         self._control = control
         self._poll = select.poll()

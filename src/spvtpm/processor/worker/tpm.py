@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
-from spvtpm.engine.errors import EngineError
+from spvtpm.engine.errors import Blob, DamagedState, EngineError
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
-from spvtpm.processor.worker.messages import Start
+from spvtpm.processor.worker.messages import MAX_VOLATILE_BYTES, Start
 
 _SHUTDOWN_CLEAR = bytes.fromhex("80010000000c000001450000")
 """TPM2_Shutdown(TPM_SU_CLEAR). Source: TCG TPM 2.0 Library Part 3, section "TPM2_Shutdown"."""
+
+
+_LEVEL = 1
+"""zlib's quickest: a fresh volatile state of 9 KiB becomes 1 KiB. Packed here, since this process's memory goes with it."""
+
+
+def _unpack(packed: bytes) -> bytes:
+    decompressor = zlib.decompressobj()
+    try:
+        volatile = decompressor.decompress(packed, MAX_VOLATILE_BYTES)
+    except zlib.error:
+        volatile = b""
+    if not decompressor.eof:
+        raise DamagedState(Blob.VOLATILE, "it is not packed as it should be")
+    return volatile
 
 
 class WorkerTpm:
@@ -47,7 +63,7 @@ class WorkerTpm:
         if start.permanent is not None:
             self._engine.power_off()
             self._durable = self._latest = start.permanent
-            self._engine.resume(start.permanent, start.volatile)
+            self._engine.resume(start.permanent, None if start.volatile is None else _unpack(start.volatile))
         elif not self._engine.is_on:
             self._engine.manufacture()
         self.make_durable()
@@ -91,10 +107,15 @@ class WorkerTpm:
         """Cancels the running command; from another thread."""
         self._engine.cancel()
 
+    def close(self) -> None:
+        """Takes the power away."""
+        self._engine.close()
+
     def take_state(self) -> tuple[bytes, bytes | None]:
-        """Volatile state, and the permanent state where it differs from the durable one."""
+        """Volatile state as `Start` takes it, and the permanent state where it differs from the durable one."""
         permanent = self._engine.permanent_state()
-        return self._engine.volatile_state(), None if permanent == self._durable else permanent
+        packed = zlib.compress(self._engine.volatile_state(), _LEVEL)
+        return packed, None if permanent == self._durable else permanent
 
     def shut_down(self) -> None:
         """Orderly shutdown, so that the next start finds no sign of a power cut (and no dictionary attack penalty).

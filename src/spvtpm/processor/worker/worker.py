@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from spvtpm.engine.errors import EngineError
 from spvtpm.processor.interfaces.direct import TpmFailedError
@@ -24,30 +25,34 @@ def run(connection: socket.socket, missing: list[str], *, blank: bool) -> None:
         blank: manufacture a TPM while waiting for the first message.
     """
     control = Control(connection)
-    with suppress(SecureProcessorGoneError):
+    with suppress(SecureProcessorGoneError), ExitStack() as cleanup:
         try:
-            _Worker(control, blank=blank).run(missing)
+            tpm = WorkerTpm(control.commit)
+            cleanup.callback(tpm.close)
+            if blank:
+                tpm.make_blank()
+            descriptors = control.receive_descriptors()
+            for descriptor in descriptors:
+                cleanup.callback(os.close, descriptor)
+            _Worker(control, tpm, descriptors).run(missing)
         except (SpvtpmError, EngineError, TpmFailedError) as error:
             control.send(Failed(str(error)[:1024]))
 
 
 class _Worker:
-    def __init__(self, control: Control, *, blank: bool) -> None:
+    def __init__(self, control: Control, tpm: WorkerTpm, descriptors: list[int]) -> None:
         self._control = control
+        self._tpm = tpm
         self._seen_executed = 0
-        self._tpm = WorkerTpm(control.commit)
-        if blank:
-            self._tpm.make_blank()
-        descriptors = control.receive_descriptors()
         start = control.receive()
         if not isinstance(start, Start):
             raise MessageError("the first message to a worker must be Start")
         self._tpm.start(start)
         self._port: Port
         if isinstance(start.port, messages.DirectPort):
-            self._port = CrbPort(start.port, descriptors, self._tpm, control)
+            self._port = CrbPort(start.port, descriptors, tpm, control)
         else:
-            self._port = PacketPort(descriptors, self._tpm, control)
+            self._port = PacketPort(descriptors, tpm, control)
 
     def run(self, missing: list[str]) -> None:
         """Serves until an order to end has been carried out."""

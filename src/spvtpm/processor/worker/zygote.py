@@ -23,6 +23,7 @@ from contextlib import suppress
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces import direct
 from spvtpm.processor.worker import worker
+from spvtpm.processor.worker.rehearsal import rehearse
 from spvtpm.processor.worker.sandbox import Sandbox, enter_namespaces
 
 FORK = b"F"
@@ -121,6 +122,7 @@ def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
     Engine.warm_up()
     direct.warm_up()
+    rehearse()
     sandbox = Sandbox.prepare()
     missing = enter_namespaces()
     # The new PID namespace begins with the next child: it becomes the zygote, this process only waits for its end.

@@ -1,0 +1,131 @@
+"""One vTPM's worker while it lives: orders out, replies in, commits in between, its end noticed. Knows no residencies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+
+from spvtpm.processor.worker.messages import (
+    Commit,
+    Committed,
+    Failed,
+    FromWorker,
+    Park,
+    PowerOff,
+    Ready,
+    Refused,
+    Start,
+)
+from spvtpm.processor.worker_pool import Worker
+from spvtpm.wire.crb import AttachError
+from spvtpm.wire.errors import PeerError, StorageError, WorkerError
+
+log = logging.getLogger(__name__)
+
+_REPLY_TIMEOUT_S = 60.0
+"""A worker that has not answered by then is killed; the longest command, RSA key generation, takes a few seconds."""
+
+
+def misbehaviour(name: str, reply: FromWorker) -> WorkerError:
+    """The error for a reply of the worker of `name` that is none to what was asked."""
+    said = reply.reason if isinstance(reply, Failed) else f"it said {type(reply).__name__} out of turn"
+    return WorkerError(f"the worker of {name} failed: {said}")
+
+
+class WorkerSession:
+    """One worker. Life: construct → `start()` → `order()` … → `end()`.
+
+    Args:
+        worker: waits for its `Start`.
+        name: of the vTPM, for errors and the log: "vTPM 6f1c…".
+        commit: makes a permanent state durable, or raises `StorageError`.
+        on_end: told why, once, if the worker ends or misbehaves after it was started and before `end()`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        name: str,
+        commit: Callable[[bytes], Awaitable[None]],
+        on_end: Callable[[str], Coroutine[None, None, None]],
+    ) -> None:
+        self._worker = worker
+        self._name = name
+        self._commit = commit
+        self._on_end = on_end
+        self._replies: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+        self._conversation = asyncio.create_task(self._converse())
+
+    async def start(self, start: Start, descriptors: Sequence[int]) -> Ready:
+        """Has the worker begin.
+
+        Raises:
+            WorkerError: it died, or cannot; `end()` it.
+        """
+        await self._worker.start(start, descriptors)
+        reply = await self._reply()
+        if not isinstance(reply, Ready):
+            raise misbehaviour(self._name, reply)
+        return reply
+
+    async def order(self, order: Park | PowerOff) -> FromWorker:
+        """Gives an order and waits for the reply.
+
+        Raises:
+            WorkerError: it died, or does not answer; `end()` it.
+        """
+        await self._worker.send(order)
+        return await self._reply()
+
+    async def _reply(self) -> FromWorker:
+        try:
+            reply = await asyncio.wait_for(self._replies.get(), _REPLY_TIMEOUT_S)
+        except TimeoutError:
+            raise WorkerError(f"the worker of {self._name} did not answer") from None
+        if reply is None:
+            raise WorkerError(f"the worker of {self._name} died{await self._epitaph()}")
+        return reply
+
+    async def end(self) -> None:
+        """Ends the worker at once; its state is elsewhere, or not wanted."""
+        self._worker.kill()
+        self._conversation.cancel()
+        await asyncio.gather(self._conversation, return_exceptions=True)
+        self._worker.close()
+
+    async def _converse(self) -> None:
+        """Hears what the worker says, commits what it asks, and notices when it ends."""
+        reason = ""
+        try:
+            async for message in self._worker.receive():
+                if isinstance(message, Commit):
+                    await self._worker.send(await self._committed(message))
+                elif isinstance(message, Refused):
+                    error = AttachError(message.error).name
+                    log.warning("%s: refused %d frames so far, the last one: %s", self._name, message.count, error)
+                else:
+                    reason = message.reason if isinstance(message, Failed) else reason
+                    self._replies.put_nowait(message)
+        except (PeerError, ValueError) as error:
+            reason = f"the worker broke the protocol: {error}"
+            self._worker.kill()
+        except WorkerError:
+            pass
+        self._replies.put_nowait(None)
+        self._obituary = asyncio.create_task(self._on_end(reason or f"the worker died{await self._epitaph()}"))
+
+    async def _committed(self, message: Commit) -> Committed:
+        try:
+            await self._commit(message.permanent)
+        except StorageError as error:
+            log.error("%s: an NV change is not durable: %s", self._name, error)
+            return Committed(str(error))
+        return Committed()
+
+    async def _epitaph(self) -> str:
+        try:
+            code = await asyncio.wait_for(asyncio.shield(self._worker.ended), 1.0)
+        except TimeoutError:
+            return ""
+        return f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
