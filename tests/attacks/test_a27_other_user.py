@@ -91,9 +91,7 @@ def test_a_user_who_is_allowed_may_connect_and_one_who_is_not_may_not(state_dire
         assert as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms())) == "done"
         assert as_other_user(lambda: InterfaceMemory.connect(sp.interface(vm_id)).close()) == "done"
         for secret in ("fuses", "nv.db", f"vm-keys/{vm_id}.key", "vm-keys", "."):
-            looked = as_other_user(
-                lambda path=sp.state / secret: os.listdir(path) if path.is_dir() else path.read_bytes()
-            )  # type: ignore[misc]
+            looked = as_other_user(lambda path=sp.state / secret: os.close(os.open(path, os.O_RDONLY)))
             assert "Permission denied" in looked, secret
         refused = as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms()), OTHER_USER - 1)
         assert refused.startswith("PermissionRefused"), refused
