@@ -1,0 +1,61 @@
+"""Other processes, for tests: which there are below one, and their ends, awaited without guessing how long they take."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all processes below one."""
+    children: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # it may end while it is looked at
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += [int(child) for child in (task / "children").read_text().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def worker_of(daemon: int, memory: int) -> int:
+    """The process below `daemon` that maps an interface's memory file."""
+    inode = str(os.fstat(memory).st_ino)
+    for pid in descendants(daemon):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                if line.split()[4] == inode and "/memfd:spvtpm-crb" in line:
+                    return pid
+    raise AssertionError("no process maps that memory")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what nobody announces."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+class Doomed:
+    """A process that is to end. Opened while it lives, so that its end can be awaited.
+
+    Args:
+        pid: its id.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._descriptor = os.pidfd_open(pid)
+
+    def await_end(self) -> None:
+        """Returns once it has ended."""
+        assert select.select([self._descriptor], [], [], 60)[0], "it lives on"
+        os.close(self._descriptor)
+
+    def kill(self) -> None:
+        """SIGKILL; returns once it has ended."""
+        with suppress(ProcessLookupError):  # it went with another one
+            signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+        self.await_end()

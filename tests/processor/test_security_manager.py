@@ -1,0 +1,261 @@
+"""Commands on VMs that must be all or nothing: without a key, without room, many at once, over a zygote that dies."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from spvtpm.guest.vm_key import create_vm_key
+from spvtpm.wire import crb, messages
+from spvtpm.wire.errors import (
+    AlreadyExists,
+    InterfaceError,
+    NotFound,
+    ResourceError,
+    SpvtpmError,
+    StorageError,
+    WorkerError,
+    WrongState,
+)
+from tests import tpm_commands as tpm
+from tests.harness import RunningSp
+from tests.processor.processes import Doomed, descendants, wait_until
+
+NV_INDEX = 0x01500019
+
+
+def listed(sp: RunningSp) -> list[uuid.UUID]:
+    reply = sp.call(messages.ListVms())
+    assert isinstance(reply, messages.VmList)
+    return [vm.vm_id for vm in reply.vms]
+
+
+def outcomes(attempts: Sequence[Callable[[], object]]) -> list[str]:
+    """Runs all attempts at once; what became of each."""
+    results: list[str] = []
+    together = threading.Barrier(len(attempts))
+
+    def run(attempt: Callable[[], object]) -> None:
+        together.wait()
+        try:
+            attempt()
+            results.append("done")
+        except SpvtpmError as error:
+            results.append(type(error).__name__)
+
+    threads = [threading.Thread(target=run, args=(attempt,)) for attempt in attempts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(results)
+
+
+# All or nothing
+
+
+@pytest.mark.claim("C2")
+def test_a_vm_whose_key_is_not_known_gets_no_vtpm_and_leaves_no_trace(sp: RunningSp) -> None:
+    vm_id = uuid.uuid4()
+    with pytest.raises(StorageError, match=f"{vm_id}.key"):
+        sp.call(messages.LaunchVm(vm_id=vm_id))
+    assert listed(sp) == []
+    assert not sp.interface(vm_id).exists()
+
+    assert sp.info(messages.LaunchVm(vm_id=vm_id, with_vtpm=False)).vtpm is None
+    with pytest.raises(StorageError, match=f"{vm_id}.key"):
+        sp.call(messages.CreateVtpm(vm_id=vm_id))
+    assert sp.vm(vm_id).vtpm is None
+    create_vm_key(sp.key_path(vm_id))
+    assert sp.info(messages.CreateVtpm(vm_id=vm_id)).vtpm is not None
+
+
+@pytest.mark.attack("A23")
+def test_a_full_secure_processor_says_so_and_has_room_again_after_a_decommission(state_directory: Path) -> None:
+    with RunningSp(state_directory, "max_vms = 3\n") as sp:
+        vms = [sp.launch() for _ in range(3)]
+        for with_vtpm in (True, False):
+            with pytest.raises(ResourceError, match="3 VMs at most"):
+                sp.call(messages.LaunchVm(vm_id=sp.new_vm(), with_vtpm=with_vtpm))
+        assert listed(sp) == sorted(vms)
+        sp.call(messages.DecommissionVm(vm_id=vms[0]))
+        vms[0] = sp.launch()
+        assert listed(sp) == sorted(vms)
+
+
+@contextmanager
+def full_disk(sp: RunningSp) -> Iterator[None]:
+    """The daemon cannot make its write-ahead log longer than it is."""
+    log = sp.state / "nv.db-wal"
+    while log.stat().st_size < crb.MEMORY_BYTES:  # the limit is to leave room for an interface's memory, a file too
+        sp.call(messages.DecommissionVm(vm_id=sp.launch()))
+    resource.prlimit(sp.process.pid, resource.RLIMIT_FSIZE, (log.stat().st_size, resource.RLIM_INFINITY))
+    yield
+    resource.prlimit(sp.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.attack("A23")
+@pytest.mark.attack("A16")
+def test_on_a_full_disk_nothing_is_made_half_and_the_same_command_works_once_there_is_room(sp: RunningSp) -> None:
+    bare = sp.new_vm()
+    sp.call(messages.LaunchVm(vm_id=bare, with_vtpm=False))
+    stopped = sp.launch()
+    sp.call(messages.StopVm(vm_id=stopped))
+    new = sp.new_vm()
+    refused: list[messages.Request] = [
+        messages.LaunchVm(vm_id=new),
+        messages.LaunchVm(vm_id=new, with_vtpm=False),
+        messages.CreateVtpm(vm_id=bare),
+        messages.StartVm(vm_id=stopped),
+    ]
+    before = sp.call(messages.ListVms())
+    with full_disk(sp):
+        for request in refused:
+            with pytest.raises(ResourceError):
+                sp.call(request)
+            assert sp.call(messages.ListVms()) == before
+            assert not sp.interface(new).exists()
+
+    for request in (refused[0], *refused[2:]):
+        vm = sp.info(request)
+        assert (vm.state, vm.vtpm.residency if vm.vtpm else "") == ("running", "active")
+    sp.kill()
+    sp.start()
+    assert listed(sp) == sorted([bare, stopped, new])
+
+
+@pytest.mark.claim("C5")
+@pytest.mark.attack("A23")
+def test_a_guests_write_to_a_full_disk_is_not_acknowledged_and_nothing_earlier_is_lost(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    with sp.driver(vm_id) as driver:
+        tpm.checked(driver.transmit(tpm.startup()))
+        tpm.checked(driver.transmit(tpm.nv_define(NV_INDEX, 8)))
+        tpm.checked(driver.transmit(tpm.nv_write(NV_INDEX, b"earlier ")))
+        with full_disk(sp):
+            with pytest.raises(InterfaceError, match="could not be made durable"):
+                driver.transmit(tpm.nv_write(NV_INDEX, b"too much"))
+            with pytest.raises(WrongState, match="not durable yet"):
+                sp.call(messages.ParkVtpm(vm_id=vm_id))
+        tpm.checked(driver.transmit(tpm.nv_write(NV_INDEX, b"later on")))
+    sp.kill()
+    sp.start()
+    sp.call(messages.StartVm(vm_id=vm_id))
+    with sp.driver(vm_id) as driver:
+        tpm.checked(driver.transmit(tpm.startup()))
+        assert tpm.nv_content_in(driver.transmit(tpm.nv_read(NV_INDEX, 8))) == b"later on"
+
+
+# Many at once
+
+
+@pytest.mark.attack("A10")
+def test_of_many_commands_on_one_vm_at_once_one_is_carried_out(sp: RunningSp) -> None:
+    vm_id = sp.new_vm()
+    steps: list[tuple[messages.Request, type[SpvtpmError]]] = [
+        (messages.LaunchVm(vm_id=vm_id), AlreadyExists),
+        (messages.ParkVtpm(vm_id=vm_id), WrongState),
+        (messages.WakeVtpm(vm_id=vm_id), WrongState),
+        (messages.DestroyVtpm(vm_id=vm_id), WrongState),
+        (messages.CreateVtpm(vm_id=vm_id), AlreadyExists),
+        (messages.StopVm(vm_id=vm_id), WrongState),
+        (messages.StartVm(vm_id=vm_id), WrongState),
+        (messages.DecommissionVm(vm_id=vm_id), NotFound),
+    ]
+    for request, refusal in steps:
+        assert outcomes([partial(sp.call, request)] * 6) == sorted([refusal.__name__] * 5 + ["done"]), request
+
+
+@pytest.mark.claim("C2")
+@pytest.mark.attack("A30")
+def test_vtpms_that_are_made_at_once_are_all_different(sp: RunningSp) -> None:
+    vms = [sp.new_vm() for _ in range(12)]
+    for batch in (vms[:6], vms[6:]):
+        launches = [partial(sp.call, messages.LaunchVm(vm_id=vm_id)) for vm_id in batch]
+        assert outcomes(launches) == ["done"] * 6
+
+    keys, numbers, vtpms = set(), set(), set()
+    for vm_id in vms:
+        vtpm = sp.vm(vm_id).vtpm
+        assert vtpm is not None
+        vtpms.add(vtpm.vtpm_id)
+        with sp.driver(vm_id) as driver:
+            tpm.checked(driver.transmit(tpm.startup()))
+            numbers.add(tpm.random_in(driver.transmit(tpm.get_random(16))))
+            for hierarchy in (tpm.ENDORSEMENT, tpm.OWNER, tpm.PLATFORM):
+                made = driver.transmit(tpm.create_primary(tpm.ecc_p256(), hierarchy))
+                keys.add(tpm.public_in(made))
+                tpm.checked(driver.transmit(tpm.flush_context(tpm.handle_in(made))))
+    assert (len(vtpms), len(numbers), len(keys)) == (12, 12, 36)
+
+
+# Parking by itself
+
+
+def residency(sp: RunningSp, vm_id: uuid.UUID) -> str:
+    vtpm = sp.vm(vm_id).vtpm
+    return "" if vtpm is None else vtpm.residency
+
+
+def test_an_idle_vtpm_is_parked_without_being_told_and_its_next_command_finds_it_as_it_was(
+    state_directory: Path,
+) -> None:
+    with RunningSp(state_directory, "park_after_s = 0.05\n") as sp:
+        vm_id = sp.launch()
+        with sp.driver(vm_id) as driver:
+            tpm.checked(driver.transmit(tpm.startup()))
+            tpm.checked(driver.transmit(tpm.pcr_extend(16, bytes(range(32)))))
+            pcr = tpm.pcr_in(driver.transmit(tpm.pcr_read(16)))
+            for _ in range(3):
+                wait_until(lambda: residency(sp, vm_id) == "parked")
+                assert tpm.pcr_in(driver.transmit(tpm.pcr_read(16))) == pcr
+
+
+# The zygote
+
+
+@pytest.mark.attack("A22")
+def test_a_zygote_that_dies_takes_its_workers_along_and_the_next_boots_have_a_new_one(sp: RunningSp) -> None:
+    vms = [sp.launch() for _ in range(3)]
+    parked = vms[2]
+    with sp.driver(vms[0]) as one, sp.driver(vms[1]) as two, sp.driver(parked) as three:
+        for driver in (one, two, three):
+            tpm.checked(driver.transmit(tpm.startup()))
+            tpm.checked(driver.transmit(tpm.nv_define(NV_INDEX, 8)))
+            tpm.checked(driver.transmit(tpm.nv_write(NV_INDEX, b"survives")))
+        tpm.checked(three.transmit(tpm.pcr_extend(16, bytes(range(32)))))
+        pcr = tpm.pcr_in(three.transmit(tpm.pcr_read(16)))
+        sp.call(messages.ParkVtpm(vm_id=parked))
+
+        for member in [Doomed(pid) for pid in descendants(sp.process.pid)]:
+            member.kill()
+        wait_until(lambda: [sp.vm(vm_id).state for vm_id in vms] == ["failed", "failed", "running"])
+        for driver in (one, two):
+            with pytest.raises(InterfaceError, match="has failed"):
+                driver.transmit(tpm.get_random(8))
+
+        for vm_id in vms[:2]:
+            wait_until(partial(boots, sp, vm_id))
+        sp.call(messages.WakeVtpm(vm_id=parked))
+        assert tpm.pcr_in(three.transmit(tpm.pcr_read(16))) == pcr
+    for vm_id in vms[:2]:
+        with sp.driver(vm_id) as driver:
+            tpm.checked(driver.transmit(tpm.startup()))
+            assert tpm.nv_content_in(driver.transmit(tpm.nv_read(NV_INDEX, 8))) == b"survives"
+
+
+def boots(sp: RunningSp, vm_id: uuid.UUID) -> bool:
+    """Whether a boot begins; false while the zygote is being started again."""
+    request = messages.StartVm if sp.vm(vm_id).state == "stopped" else messages.ResetVm
+    try:
+        sp.call(request(vm_id=vm_id))
+    except WorkerError:
+        return False
+    return True
