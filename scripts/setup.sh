@@ -50,7 +50,7 @@ case $level in
 runtime) enough="runtime test dev fuzz" ;;
 test) enough="test dev fuzz" packages="$packages $test_packages" ;;
 dev) enough="dev" packages="$packages $test_packages make git" ;;
-fuzz) enough="fuzz" packages="$packages $test_packages" ;;
+fuzz) enough="fuzz" packages="$packages $test_packages clang" ;; # and its sanitizers, see below
 *)
     echo "usage: scripts/setup.sh runtime|test|dev|fuzz" >&2
     exit 2
@@ -169,6 +169,11 @@ if [ -z "${SPVTPM_SKIP_PACKAGES-}" ]; then
         "once that is there, run this again with SPVTPM_SKIP_PACKAGES=1"
     if [ "$is_ready" ] || venv_works; then find_missing without_python; else find_missing with_python; fi
     [ -z "$missing" ] || install_packages
+    if [ "$level" = fuzz ]; then # clang's sanitizers are in a package named after the version that `clang` stands for
+        packages=$(dpkg-query --show --showformat='${Depends}' clang | sed -n 's/.*clang-\([0-9]*\).*/libclang-rt-\1-dev/p')
+        find_missing without_python
+        [ -z "$missing" ] || install_packages
+    fi
 fi
 [ -z "$is_ready" ] || exit 0
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -360,3 +361,22 @@ def test_a_fork_that_ends_in_order_does_not_end_its_parents_vtpms() -> None:
     with script(FORK_AND_EXIT) as process:
         said, _nothing = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "mine\n")
+
+
+def test_a_worker_killed_in_the_middle_of_a_command_is_an_error() -> None:
+    vtpm, worker = with_its_worker(VTPM)
+    with vtpm, ThreadPoolExecutor(1) as pool:
+        worker.stop()
+        answer = pool.submit(vtpm.transmit, tpm.get_random(8))
+        worker.kill()
+        with pytest.raises(WorkerError, match="died"):
+            answer.result(60)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_closed_it_stays_closed(state: Path, kept: bool) -> None:
+    vtpm = VTPM(state if kept else None)
+    vtpm.close()
+    for use in (vtpm.reset, lambda: vtpm.tcti, lambda: vtpm.transmit(tpm.get_random(8))):
+        with pytest.raises(WorkerError, match="closed"):
+            use()

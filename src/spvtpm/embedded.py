@@ -174,8 +174,14 @@ class _Process:
             for descriptor, _event in self._poll.poll():
                 if descriptor == self._control.fileno():
                     self._hear()
-                elif response := self._data.recv(MAX_PAYLOAD_BYTES):
+                elif response := self._receive():
                     return response
+
+    def _receive(self) -> bytes:
+        try:
+            return self._data.recv(MAX_PAYLOAD_BYTES)
+        except OSError:
+            raise WorkerError("the vTPM's process died") from None
 
     def shut_down(self) -> None:
         """Orderly, then gone."""
@@ -274,14 +280,18 @@ class VTPM:
         if not 0 < len(command) <= MAX_PAYLOAD_BYTES:
             raise ValueError(f"a TPM command has 1 to {MAX_PAYLOAD_BYTES} bytes, not {len(command)}")
         with self._lock:
-            if self._process is None:
-                raise WorkerError("this vTPM is closed")
-            return self._process.transmit(command)
+            return self._running().transmit(command)
+
+    def _running(self) -> _Process:
+        if self._process is None:
+            raise WorkerError("this vTPM is closed")
+        return self._process
 
     @property
     def tcti(self) -> str:
         """A TCTI string for tpm2-tools (`TPM2TOOLS_TCTI`), tpm2-pytss (`ESAPI(tpm.tcti)`) and every other tpm2-tss client."""
         with self._lock:
+            self._running()
             if self._server is None:
                 self._sockets = Path(tempfile.mkdtemp(prefix="spvtpm-"))
                 data, control = listen_unix(self._sockets / "tpm")
@@ -292,8 +302,7 @@ class VTPM:
     def reset(self) -> None:
         """Power-cycles the TPM: orderly shutdown, then a new start. PCRs and sessions are gone, NV and keys stay."""
         with self._lock:
-            if self._process is not None:
-                self._process.shut_down()
+            self._running().shut_down()
             self._power_on()
 
     def close(self) -> None:

@@ -54,6 +54,10 @@ class Doomed:
         assert select.select([self._descriptor], [], [], 60)[0], "it lives on"
         os.close(self._descriptor)
 
+    def stop(self) -> None:
+        """SIGSTOP: it takes in, and does nothing."""
+        signal.pidfd_send_signal(self._descriptor, signal.SIGSTOP)
+
     def kill(self) -> None:
         """SIGKILL; returns once it has ended."""
         with suppress(ProcessLookupError):  # it went with another one

@@ -167,7 +167,7 @@ def test_a_damaged_security_block_is_named_and_refused_and_its_neighbour_is_not_
         f"vmsb/{victim}",
     )
     with RunningSp(state_directory) as sp:
-        assert f"vmsb/{victim} is altered" in sp.log()
+        assert f"vmsb/{victim} is version" in sp.log()
         assert (sp.vm(victim).state, sp.vm(victim).vtpm) == ("damaged", None)
         with pytest.raises(AlreadyExists):
             sp.call(messages.LaunchVm(vm_id=victim))

@@ -300,3 +300,49 @@ def test_a_store_that_is_cut_off_is_refused_at_whatever_length(path: Path) -> No
                 store.close()
     path.write_bytes(whole)
     NvStore(path, ROOT_KEY).close()
+
+
+def test_a_record_put_back_to_an_older_version_while_nobody_looked_is_refused_and_the_others_are_not(
+    path: Path,
+) -> None:
+    old = rows(path)["vtpm/a"]
+    store = NvStore(path, ROOT_KEY)
+    store.commit([("vtpm/a", b"newer state")]).result()
+    store.close()
+    put_row(path, old)
+
+    store = NvStore(path, ROOT_KEY)
+    with pytest.raises(IntegrityError, match="vtpm/a is version"):
+        store.read("vtpm/a")
+    assert store.read("vtpm/b") == CONTENTS["vtpm/b"]
+    store.close()
+
+
+def test_the_index_put_back_together_with_its_record_is_refused_by_the_root(path: Path) -> None:
+    before = rows(path)
+    store = NvStore(path, ROOT_KEY)
+    store.commit([("vtpm/a", b"newer state")]).result()
+    store.close()
+    changed = [name for name, row in rows(path).items() if row != before[name]]
+    assert len(changed) == 3, "the record, its shard, the root"
+    for name in changed:
+        if name != "index/root":
+            put_row(path, before[name])
+
+    assert "it was put back or replaced" in refused(path)
+
+
+def test_a_record_of_an_earlier_life_of_its_name_is_refused(path: Path) -> None:
+    old = rows(path)["vtpm/a"]
+    store = NvStore(path, ROOT_KEY)
+    store.commit([("vtpm/a", None)]).result()
+    store.commit([("vtpm/a", b"another vTPM")]).result()
+    put_row(path, old)
+    with pytest.raises(IntegrityError, match="vtpm/a is version"):
+        store.read("vtpm/a")
+    store.close()
+
+    store = NvStore(path, ROOT_KEY)
+    with pytest.raises(IntegrityError, match="vtpm/a is version"):
+        store.read("vtpm/a")
+    store.close()

@@ -290,10 +290,10 @@ def test_interfaces_come_and_go_without_a_trace(sp: RunningSp) -> None:
 def test_a_path_that_is_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
     path = tmp_path / ("x" * MAX_SOCKET_PATH_BYTES)
     with pytest.raises(ResourceError, match=f"longer than {MAX_SOCKET_PATH_BYTES} bytes"):
-        listen(path, frozenset())
+        listen(path, frozenset(), 1)
 
 
 def test_a_place_where_nothing_can_listen_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "socket", tmp_path):
         with pytest.raises(ResourceError, match="cannot listen on"):
-            listen(path, frozenset())
+            listen(path, frozenset(), 1)

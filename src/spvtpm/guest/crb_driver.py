@@ -100,13 +100,13 @@ class CrbDriver:
         raise InterfaceError(f"the vTPM did not answer within {timeout_s:g} s")
 
     def _raise_error(self, result: int) -> NoReturn:
+        attach = self._read_attach()
+        if attach.boot_id != self._boot_id:
+            raise InterfaceError("the vTPM was powered on anew while this VM was running: restart the VM")
         if result == lib.DRIVER_FRAME:
             mailbox.check_result(self._driver.frame_error)
         if result == lib.DRIVER_OTHER:
             raise MailboxError("the response is not that of this command")
-        attach = self._read_attach()
-        if attach.boot_id != self._boot_id:
-            raise InterfaceError("the vTPM was powered on anew while this VM was running: restart the VM")
         try:
             reason = _REASONS[AttachError(attach.error)]
         except (ValueError, KeyError):

@@ -39,7 +39,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: Annotated[int, Meta(ge=1, le=1)]
     fuses: msgspec.Raw
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 def new_fuses() -> Fuses:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
-from spvtpm.processor.interfaces.offer import listen, peer_uid
+from spvtpm.processor.interfaces.offer import Acceptor, listen, peer_uid
 from spvtpm.wire.errors import PeerError, SpvtpmError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import MAX_REQUEST_BYTES, ErrorReply, Reply, Request, encode_message, parse_request
@@ -37,21 +38,14 @@ class HypervisorPort:
         self._path = path
         self._allowed_uids = allowed_uids
         self._carry_out = carry_out
-        self._listener = listen(path, allowed_uids)
         self._connections: set[asyncio.Task[None]] = set()
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._acceptor = Acceptor(listen(path, allowed_uids, MAX_CONNECTIONS), path.name, self._admit)
 
-    def _accept(self) -> None:
-        try:
-            connection, _address = self._listener.accept()
-        except OSError as error:
-            log.warning("cannot accept a hypervisor connection: %s", error.strerror)
-            return
-        connection.setblocking(False)
+    def _admit(self, connection: socket.socket) -> None:
         refusal = self._refusal(peer_uid(connection))
         if refusal is not None:
             log.warning("refused a hypervisor connection: %s", refusal.message)
-            with connection:
+            with connection, suppress(OSError):
                 connection.send(encode_frame(encode_message(refusal)))
             return
         task = asyncio.get_running_loop().create_task(self._serve(connection))
@@ -68,7 +62,7 @@ class HypervisorPort:
     async def _serve(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         decoder = FrameDecoder(MAX_REQUEST_BYTES)
-        with connection:
+        with connection, suppress(OSError):
             try:
                 while data := await loop.sock_recv(connection, MAX_REQUEST_BYTES):
                     for frame in decoder.feed(data):
@@ -76,8 +70,6 @@ class HypervisorPort:
             except PeerError as error:  # the stream is lost: say why, then close
                 log.warning("closed a hypervisor connection: %s", error)
                 await loop.sock_sendall(connection, encode_frame(encode_message(ErrorReply(error.code, str(error)))))
-            except OSError:
-                return
 
     async def _answer(self, frame: bytes) -> Reply:
         try:
@@ -90,8 +82,7 @@ class HypervisorPort:
 
     def close(self) -> None:
         """Takes no more requests."""
-        asyncio.get_running_loop().remove_reader(self._listener)
-        self._listener.close()
+        self._acceptor.close()
         self._path.unlink(missing_ok=True)
         for task in list(self._connections):
             task.cancel()

@@ -3,7 +3,8 @@
 Every record is sealed with AES-256-GCM under a key derived from the storage root key; its name and version are associated
 data, so a record cannot stand in for another one. Which records exist, and in which version, is itself sealed (the index:
 shards, and a root that knows the versions of the shards), so none can be removed, added or put back to an older version
-unseen. All changes that wait when a commit begins go into one transaction: one sync for many vTPMs.
+unseen. A version is the number of the transaction that wrote the record, so none is ever used twice under one name. All
+changes that wait when a commit begins go into one transaction: one sync for many vTPMs.
 
 A whole store put back to an older copy of itself is not noticed here; that needs a counter in the fuses.
 """
@@ -18,7 +19,7 @@ import struct
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from spvtpm.processor.private_files import sync_directory
 from spvtpm.wire.errors import AlreadyInitialised, IntegrityError, StorageError
 
 INDEX_SHARDS = 64
@@ -111,10 +113,6 @@ def _checked(rows: Iterable[tuple[object, object]]) -> dict[str, int]:
     return versions
 
 
-def _wrong_version(name: str, found: int, expected: int | None) -> IntegrityError:
-    return IntegrityError(f"NV record {name} is version {found}, expected was {expected}: it was put back or replaced")
-
-
 class NvStore:
     """The sealed records of one SP. One process at a time; the caller holds the state directory's lock.
 
@@ -131,14 +129,16 @@ class NvStore:
         self._sealer = _Sealer(root_key)
         if not path.is_file():
             raise IntegrityError(f"the NV store {path} is missing, though this secure processor has been initialised")
-        try:
-            self._reader = _connect(path)
-            self._writer = _connect(path)
-            self._reader.execute("PRAGMA journal_mode=WAL")
-            self._versions = _checked(self._reader.execute("SELECT name, version FROM records"))
-        except sqlite3.DatabaseError as error:
-            raise IntegrityError(f"the NV store {path} is damaged: {error}") from None
-        self._index = self._check_index()
+        with ExitStack() as undo:
+            try:
+                self._reader = undo.enter_context(closing(_connect(path)))
+                self._writer = undo.enter_context(closing(_connect(path)))
+                self._versions = _checked(self._reader.execute("SELECT name, version FROM records"))
+                self._reader.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.DatabaseError as error:
+                raise IntegrityError(f"the NV store {path} is damaged: {error}") from None
+            self._index = self._check_index()
+            undo.pop_all()
         self._queue: queue.SimpleQueue[tuple[Sequence[Change], Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="nv-writer")
         self._thread.start()
@@ -168,34 +168,34 @@ class NvStore:
             connection.execute("COMMIT")
             connection.close()
             temporary.rename(path)
+            sync_directory(path.parent)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(f"cannot make the NV store {path}: {error}") from None
 
     def _check_index(self) -> dict[str, dict[str, int]]:
-        self._check_versions(self._read_index(_ROOT), {name for name in _SHARDS if name in self._versions})
+        """Reads the index. A record in another version than it says is refused when it is read, alone."""
+        self._believe(self._read_index(_ROOT), set(_SHARDS))
         index = {shard: self._read_index(shard) for shard in _SHARDS}
         known = {name: version for names in index.values() for name, version in names.items()}
-        self._check_versions(known, {name for name in self._versions if not name.startswith(_INDEX)})
+        self._believe(known, {name for name in self._versions if not name.startswith(_INDEX)})
         return index
 
     def _read_index(self, name: str) -> dict[str, int]:
         return msgspec.msgpack.decode(self.read(name), type=dict[str, int])
 
-    def _check_versions(self, known: dict[str, int], present: set[str]) -> None:
-        for name, version in sorted(known.items()):
-            if name not in present:
-                raise IntegrityError(f"NV record {name} was removed from the store")
-            if version != self._versions[name]:
-                raise _wrong_version(name, self._versions[name], version)
+    def _believe(self, known: dict[str, int], present: set[str]) -> None:
+        for name in sorted(known.keys() - present):
+            raise IntegrityError(f"NV record {name} was removed from the store")
         for name in sorted(present - known.keys()):
             raise IntegrityError(f"NV record {name} was added to the store from outside")
+        self._versions |= known
 
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""
         return sorted(name for name in self._versions if name.startswith(prefix))
 
     def read(self, name: str) -> bytes:
-        """A record's content as last committed. Not to be called while a change of this record is under way.
+        """A record's content as last committed. For one thread, and not while a change of this record is under way.
 
         Raises:
             IntegrityError: it is missing, altered, or older than what this process has committed.
@@ -208,8 +208,10 @@ class NvStore:
         if row is None:
             raise IntegrityError(f"NV record {name} is missing")
         version, salt, sealed = row
-        if version != self._versions.get(name):
-            raise _wrong_version(name, version, self._versions.get(name))
+        if version != (expected := self._versions.get(name)):
+            raise IntegrityError(
+                f"NV record {name} is version {version}, expected was {expected}: it was put back or replaced"
+            )
         if not isinstance(salt, bytes) or not isinstance(sealed, bytes):
             raise IntegrityError(f"NV record {name} is altered")
         return self._sealer.open(name, version, salt, sealed)
@@ -262,17 +264,16 @@ class NvStore:
     def _transact(self, changes: Iterable[Change]) -> None:
         versions = dict[str, int | None]()
         index = dict[str, dict[str, int]]()
+        number = self._versions[_ROOT] + 1
         self._writer.execute("BEGIN IMMEDIATE")
         try:
             for name, content in changes:
-                known = versions[name] if name in versions else self._versions.get(name)
-                version = versions[name] = self._put(name, known or 0, content)
+                versions[name] = self._put(name, number, content)
                 shard = index.setdefault(_shard_of(name), dict(self._index[_shard_of(name)]))
-                if version is None:
-                    shard.pop(name, None)
-                else:
-                    shard[name] = version
-            self._put_index(index, versions)
+                shard.pop(name, None)
+                if content is not None:
+                    shard[name] = number
+            versions |= self._put_index(index, number)
             self._writer.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):
@@ -285,16 +286,15 @@ class NvStore:
             else:
                 self._versions[name] = version
 
-    def _put_index(self, index: dict[str, dict[str, int]], versions: dict[str, int | None]) -> None:
-        for shard, names in index.items():
-            versions[shard] = self._put(shard, self._versions[shard], msgspec.msgpack.encode(names))
-        root = {shard: versions.get(shard) or self._versions[shard] for shard in _SHARDS}
-        versions[_ROOT] = self._put(_ROOT, self._versions[_ROOT], msgspec.msgpack.encode(root))
+    def _put_index(self, index: dict[str, dict[str, int]], number: int) -> dict[str, int | None]:
+        root = {shard: number if shard in index else self._versions[shard] for shard in _SHARDS}
+        parts: dict[str, dict[str, int]] = {**index, _ROOT: root}
+        return {name: self._put(name, number, msgspec.msgpack.encode(part)) for name, part in parts.items()}
 
     def _put(self, name: str, version: int, content: bytes | None) -> int | None:
         if content is None:
             self._writer.execute("DELETE FROM records WHERE name = ?", (name,))
             return None
-        row = (name, version + 1, *self._sealer.seal(name, version + 1, content))
+        row = (name, version, *self._sealer.seal(name, version, content))
         self._writer.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", row)
-        return version + 1
+        return version

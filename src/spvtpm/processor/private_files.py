@@ -39,10 +39,11 @@ def read_private_file(path: Path, max_bytes: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise StorageError(f"cannot open {path}: {error.strerror}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise StorageError(f"{path} is no regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StorageError(f"{path} is no regular file")
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
             raise StorageError(f"{path} can be read by others (owner {status.st_uid}, mode {mode:04o}; needed: 0600)")

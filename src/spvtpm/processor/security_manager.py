@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import defaultdict
+from weakref import WeakValueDictionary
 
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.vm_keys import VmKeys
 from spvtpm.processor.vtpm import Residency, Vtpm
-from spvtpm.processor.vtpm_manager import VtpmManager
+from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError, SpvtpmError, WrongState
 from spvtpm.wire.messages import VmInfo, VtpmInfo
 
@@ -44,7 +44,7 @@ class SecurityManager:
         self._max_vms = max_vms
         self._blocks: dict[uuid.UUID, VmSecurityBlock] = {}
         self._damaged: dict[uuid.UUID, str] = {}
-        self._locks: defaultdict[uuid.UUID, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
 
     def load(self) -> None:
         """Reads all blocks at start. A damaged one is kept apart and named; the others are not disturbed."""
@@ -59,6 +59,10 @@ class SecurityManager:
             self._blocks[vm_id] = block
             if block.vtpm_id is not None:
                 self._vtpms.load(block.vtpm_id, vm_id, lambda vm_id=vm_id: self._vtpm_failed(vm_id))  # type: ignore[misc]
+
+    def _lock(self, vm_id: uuid.UUID) -> asyncio.Lock:
+        """The VM's lock; it lives as long as somebody holds it or waits for it."""
+        return self._locks.setdefault(vm_id, asyncio.Lock())
 
     def _vtpm_failed(self, vm_id: uuid.UUID) -> None:
         block = self._blocks.get(vm_id)
@@ -85,7 +89,7 @@ class SecurityManager:
             AlreadyExists: the VM has a block.
             ResourceError: the SP is full, or something is exhausted; nothing was made.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             if vm_id in self._blocks or vm_id in self._damaged:
                 raise AlreadyExists(f"VM {vm_id} has a security block already")
             if len(self._blocks) >= self._max_vms:
@@ -109,7 +113,7 @@ class SecurityManager:
             NotFound, AlreadyExists, WrongState: the block does not allow it.
             ResourceError: nothing was made.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             await self._create_vtpm(self._block(vm_id))
             return self.info(vm_id)
 
@@ -117,8 +121,10 @@ class SecurityManager:
         vtpm_id = uuid.uuid4()
         bound = block.bind(vtpm_id)
         boot = self._boot(bound)
-        change = (_record_name(block.vm_id), bound.to_record())
-        await self._vtpms.create(vtpm_id, block.vm_id, boot, [change], lambda: self._vtpm_failed(block.vm_id))
+        name = _record_name(block.vm_id)
+        before = block.to_record() if name in self._store.names(name) else None
+        binding = Binding((name, bound.to_record()), (name, before))
+        await self._vtpms.create(vtpm_id, block.vm_id, boot, binding, lambda: self._vtpm_failed(block.vm_id))
         self._blocks[block.vm_id] = bound
 
     def _boot(self, block: VmSecurityBlock) -> tuple[bytes, bytes]:
@@ -133,7 +139,7 @@ class SecurityManager:
             IntegrityError: its vTPM's stored state cannot be believed; it stays stopped.
             ResourceError: it stays stopped.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             await self._start(self._block(vm_id))
             return self.info(vm_id)
 
@@ -147,6 +153,7 @@ class SecurityManager:
             await self._vtpms.get(started.vtpm_id).power_on(*self._boot(started))
         except SpvtpmError:
             self._blocks[block.vm_id] = started.stop()
+            await self._vtpms.get(started.vtpm_id).release()
             raise
 
     async def stop(self, vm_id: uuid.UUID) -> VmInfo:
@@ -155,7 +162,7 @@ class SecurityManager:
         Raises:
             NotFound, WrongState: the block does not allow it.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             stopped = await self._stop(self._block(vm_id))
             if stopped.vtpm_id is not None:
                 await self._vtpms.get(stopped.vtpm_id).release()
@@ -174,7 +181,7 @@ class SecurityManager:
         Raises:
             as `stop` and `start`.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             await self._start(await self._stop(self._block(vm_id)))
             return self.info(vm_id)
 
@@ -185,7 +192,7 @@ class SecurityManager:
             NotFound: there is none.
             StorageError: they are still there.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             removal = (_record_name(vm_id), None)
             block = self._blocks.get(vm_id)
             if block is None and vm_id not in self._damaged:
@@ -196,7 +203,6 @@ class SecurityManager:
                 await asyncio.wrap_future(self._store.commit([removal]))
             self._blocks.pop(vm_id, None)
             self._damaged.pop(vm_id, None)
-        self._locks.pop(vm_id, None)
 
     async def destroy_vtpm(self, vm_id: uuid.UUID) -> VmInfo:
         """Destroys the VM's vTPM; the VM goes on without.
@@ -205,7 +211,7 @@ class SecurityManager:
             NotFound, WrongState: there is none.
             StorageError: it is still there.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             block = self._block(vm_id)
             vtpm = self._vtpm(block)
             unbound = block.unbind()
@@ -220,7 +226,7 @@ class SecurityManager:
             NotFound, WrongState: it is not active.
             WorkerError: it died; the VM has failed.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             if not await self._vtpm(self._block(vm_id)).park():
                 raise WrongState(f"the vTPM of VM {vm_id} has an NV change that is not durable yet")
             return self.info(vm_id)
@@ -232,7 +238,7 @@ class SecurityManager:
             NotFound, WrongState: it is not parked.
             WorkerError: it died; the VM has failed.
         """
-        async with self._locks[vm_id]:
+        async with self._lock(vm_id):
             await self._vtpm(self._block(vm_id)).wake()
             return self.info(vm_id)
 

@@ -215,7 +215,7 @@ class Vtpm:
         await self._dismiss(Residency.OFF)
 
     async def release(self) -> None:
-        """Gives the interface back; the vTPM must be off."""
+        """Gives the interface back, if there is one; the vTPM must be off."""
         async with self._lock:
             self._require(Residency.OFF, "release")
             self._release_interface()

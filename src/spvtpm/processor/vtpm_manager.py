@@ -8,12 +8,21 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.vtpm import Residency, Vtpm, VtpmServices, record_name
-from spvtpm.wire.errors import NotFound, SpvtpmError
+from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """The NV change that binds a vTPM to its VM, and the one that undoes it."""
+
+    made: Change
+    undone: Change
 
 
 class VtpmManager:
@@ -55,23 +64,30 @@ class VtpmManager:
         vtpm_id: uuid.UUID,
         vm_id: uuid.UUID,
         boot: tuple[bytes, bytes],
-        with_changes: Sequence[Change],
+        binding: Binding,
         on_failure: Callable[[], None],
     ) -> Vtpm:
-        """Makes a new vTPM and powers it on; its state and `with_changes` become durable together or not at all.
+        """Makes a new vTPM and powers it on; its state and the binding become durable together or not at all.
 
         Args:
             vtpm_id: new.
             vm_id: the VM it will serve for ever.
             boot: boot id (16 bytes) and boot key (32 bytes).
-            with_changes: NV changes that belong to the creation.
+            binding: of the vTPM to its VM.
             on_failure: told when the vTPM dies by itself.
 
         Raises:
             StorageError, WorkerError, ResourceError: nothing was made.
         """
         vtpm = Vtpm(vtpm_id, vm_id, self._services, on_failure)
-        await vtpm.manufacture(*boot, with_changes)
+        try:
+            await vtpm.manufacture(*boot, [binding.made])
+        except SpvtpmError:
+            # The worker may have died after its first commit.
+            undone = self._services.store.commit([(record_name(vtpm_id), None), binding.undone])
+            with suppress(StorageError):
+                await asyncio.wrap_future(undone)
+            raise
         self._vtpms[vtpm_id] = vtpm
         return vtpm
 

@@ -74,7 +74,10 @@ class ZygoteLink:
             WorkerError: the zygote is gone.
         """
         self._next_tag = (self._next_tag + 1) % (1 << 32)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise WorkerError(f"no socket can be had for a worker: {error.strerror}") from None
         with theirs:
             try:
                 socket.send_fds(

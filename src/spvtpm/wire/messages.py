@@ -159,7 +159,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         missing_protection: sentences naming each sandbox layer that this kernel does not give.
     """
 
-    chip_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    chip_id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     software: str
     vms: int
     active: int

@@ -198,4 +198,6 @@ def publish_power_on(memory: mmap, vm_id: bytes, boot_id: bytes, sp_nonce: bytes
 def publish_outage(memory: mmap, reason: AttachError) -> None:
     """Tells the VM that nobody serves the interface any more, and why; a command under way ends with tpmSts."""
     crb.U32.pack_into(memory, crb.ATTACH_ERROR_OFFSET, reason)
-    crb.REQ_TO_START.pack_into(memory, Register.CTRL_REQ, 0, crb.CtrlSts.TPM_STS, 0, 0)
+    # One by one: `pack_into` clears all that it will write first, and a VM that watches CTRL_START would find no error.
+    for register, value in ((Register.CTRL_STS, crb.CtrlSts.TPM_STS), (Register.CTRL_REQ, 0), (Register.CTRL_START, 0)):
+        crb.U32.pack_into(memory, register, value)

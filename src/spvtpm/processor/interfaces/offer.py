@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from mmap import mmap
 from pathlib import Path
 
@@ -28,6 +29,9 @@ MAX_WAITING = 8
 MAX_SOCKET_PATH_BYTES = 107
 """Source: unix(7), sockaddr_un."""
 
+_ACCEPT_PAUSE_S = 0.05
+"""When descriptors are exhausted, the socket stays readable: trying again at once would burn a core."""
+
 _UCRED = struct.Struct("3i")
 
 
@@ -38,7 +42,7 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def listen(path: Path, allowed_uids: frozenset[int]) -> socket.socket:
+def listen(path: Path, allowed_uids: frozenset[int], backlog: int) -> socket.socket:
     """A unix stream socket that listens at `path`; a stale file there is replaced.
 
     Whom it lets connect is a first hurdle; whoever accepts a connection looks at `peer_uid`.
@@ -46,13 +50,17 @@ def listen(path: Path, allowed_uids: frozenset[int]) -> socket.socket:
     Args:
         path: of the socket.
         allowed_uids: mode 0600 lets this process's own user and root in, who may be all; mode 0666 everybody.
+        backlog: connections that may wait to be accepted.
 
     Raises:
         ResourceError: the path is too long, or cannot be used.
     """
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise ResourceError(f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise ResourceError(f"no socket can be had: {error.strerror}") from None
     try:
         path.unlink(missing_ok=True)
         old = os.umask(0o111 if allowed_uids - {0, os.geteuid()} else 0o177)
@@ -60,11 +68,50 @@ def listen(path: Path, allowed_uids: frozenset[int]) -> socket.socket:
             listener.bind(str(path))
         finally:
             os.umask(old)
-        listener.listen(MAX_WAITING)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         raise ResourceError(f"cannot listen on {path}: {error.strerror}") from None
     return listener
+
+
+class Acceptor:
+    """Hands each new connection of a listening socket to `handle`, in the event loop; pauses when none can be accepted.
+
+    Args:
+        listener: closed by `close()`.
+        name: for the log.
+        handle: owns the connection, which does not block.
+    """
+
+    def __init__(self, listener: socket.socket, name: str, handle: Callable[[socket.socket], None]) -> None:
+        self._listener = listener
+        self._name = name
+        self._handle = handle
+        self._resuming: asyncio.TimerHandle | None = None
+        self._resume()
+
+    def _resume(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            connection, _address = self._listener.accept()
+        except OSError as error:
+            log.warning("cannot accept a connection to %s: %s", self._name, error.strerror)
+            loop.remove_reader(self._listener)
+            self._resuming = loop.call_later(_ACCEPT_PAUSE_S, self._resume)
+            return
+        connection.setblocking(False)
+        self._handle(connection)
+
+    def close(self) -> None:
+        """Accepts no more."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
 
 
 def _new_memory() -> int:
@@ -73,6 +120,20 @@ def _new_memory() -> int:
     # Whoever else holds this file could otherwise cut it short and kill the worker with SIGBUS.
     fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return memory
+
+
+def _new_offer() -> Offer:
+    flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+    made: list[int] = []
+    try:
+        made.append(_new_memory())
+        made.append(os.eventfd(0, flags))
+        made.append(os.eventfd(0, flags))
+    except OSError as error:
+        for descriptor in made:
+            os.close(descriptor)
+        raise ResourceError(f"no memory or doorbell can be had for an interface: {error.strerror}") from None
+    return Offer(*made)
 
 
 class InterfaceOffer:
@@ -91,10 +152,13 @@ class InterfaceOffer:
         self._allowed_uids = allowed_uids
         self._turn = asyncio.Lock()
         self._connections: set[asyncio.Task[None]] = set()
-        self._listener = listen(path, allowed_uids)
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        self.offer = Offer(_new_memory(), os.eventfd(0, flags), os.eventfd(0, flags))
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        with ExitStack() as undo:
+            listener = listen(path, allowed_uids, MAX_WAITING)
+            undo.callback(path.unlink, missing_ok=True)
+            undo.enter_context(listener)
+            self.offer = _new_offer()
+            undo.pop_all()
+        self._acceptor = Acceptor(listener, path.name, self._admit)
 
     @property
     def connected(self) -> bool:
@@ -115,13 +179,7 @@ class InterfaceOffer:
         with suppress(BlockingIOError):
             os.eventfd_read(self.offer.sp_doorbell)
 
-    def _accept(self) -> None:
-        try:
-            connection, _address = self._listener.accept()
-        except OSError as error:
-            log.warning("cannot accept a connection to %s: %s", self.path.name, error.strerror)
-            return
-        connection.setblocking(False)
+    def _admit(self, connection: socket.socket) -> None:
         uid = peer_uid(connection)
         if uid not in self._allowed_uids or len(self._connections) >= MAX_WAITING:
             reason = "too many wait" if uid in self._allowed_uids else "not allowed"
@@ -133,20 +191,42 @@ class InterfaceOffer:
         task.add_done_callback(self._connections.discard)
 
     async def _hold(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        # The client says nothing in this protocol: anything, or the end, gives the interface back, or the place in the queue.
         with connection:
-            async with self._turn:
-                with suppress(OSError):
-                    for message, descriptor in encode_offer(self.offer):
-                        descriptors = [] if descriptor is None else [descriptor]
-                        socket.send_fds(connection, [message], descriptors)
-                    # The client says nothing in this protocol: anything, or the end, gives the interface back.
-                    await loop.sock_recv(connection, 1)
+            leaving = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(connection, 1))
+            try:
+                if await self._wait_for_turn(leaving):
+                    await self._serve(connection, leaving)
+            finally:
+                leaving.cancel()
+                await asyncio.gather(leaving, return_exceptions=True)
+
+    async def _wait_for_turn(self, leaving: asyncio.Future[bytes]) -> bool:
+        """Whether it came before the client left; if so, the turn is held."""
+        turn = asyncio.ensure_future(self._turn.acquire())
+        try:
+            await asyncio.wait((turn, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            has_it = turn.done() and not turn.cancelled()
+            if not has_it:
+                turn.cancel()
+            elif leaving.done():
+                self._turn.release()
+        return has_it and not leaving.done()
+
+    async def _serve(self, connection: socket.socket, leaving: asyncio.Future[bytes]) -> None:
+        try:
+            for message, descriptor in encode_offer(self.offer):
+                socket.send_fds(connection, [message], [] if descriptor is None else [descriptor])
+            await asyncio.wait((leaving,))
+        except OSError:
+            return
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """Takes the interface away; a VM that still maps the memory keeps it, and nobody answers there."""
-        asyncio.get_running_loop().remove_reader(self._listener)
-        self._listener.close()
+        self._acceptor.close()
         self.path.unlink(missing_ok=True)
         for task in list(self._connections):
             task.cancel()

@@ -1,0 +1,15 @@
+"""All targets in Python; the compiled ones are in native.py."""
+
+from __future__ import annotations
+
+from fuzz.interface_targets import INTERFACE_TARGETS
+from fuzz.message_targets import MESSAGE_TARGETS
+from fuzz.storage_targets import STORAGE_TARGETS
+from fuzz.stream_targets import STREAM_TARGETS
+from fuzz.target import Target
+from fuzz.tpm_targets import TPM_TARGETS
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (*STREAM_TARGETS, *MESSAGE_TARGETS, *INTERFACE_TARGETS, *STORAGE_TARGETS, *TPM_TARGETS)
+}

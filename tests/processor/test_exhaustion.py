@@ -1,0 +1,126 @@
+"""What runs out, breaks off or hangs in the secure processor: a typed error, nothing left over, and the next command works."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import uuid
+from contextlib import ExitStack
+
+import pytest
+
+from spvtpm.guest.crb_driver import CrbDriver
+from spvtpm.guest.memory import InterfaceMemory
+from spvtpm.guest.vm_key import read_vm_key
+from spvtpm.hypervisor.sp_client import SecureProcessorClient
+from spvtpm.processor.hypervisor_port import MAX_CONNECTIONS
+from spvtpm.wire import messages
+from spvtpm.wire.errors import InterfaceError, NotFound, ResourceError, VmKeyError
+from tests import tpm_commands as tpm
+from tests.harness import RunningSp
+
+
+@pytest.mark.attack("A23")
+def test_without_descriptors_a_launch_is_refused_as_such_and_works_once_there_are_some(sp: RunningSp) -> None:
+    first = sp.launch()
+    limits = resource.prlimit(sp.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(sp.process.pid, resource.RLIMIT_NOFILE, (64, limits[1]))
+    refused = []
+    with SecureProcessorClient(sp.socket) as client:
+        for _ in range(16):
+            try:
+                client.call(messages.LaunchVm(vm_id=sp.new_vm()))
+            except ResourceError as error:
+                refused.append(error)
+        resource.prlimit(sp.process.pid, resource.RLIMIT_NOFILE, limits)
+        reply = client.call(messages.LaunchVm(vm_id=sp.new_vm()))
+
+    assert refused
+    assert isinstance(reply, messages.VmInfo)
+    assert "met a defect" not in sp.log()
+    with sp.driver(first) as driver:
+        tpm.checked(driver.transmit(tpm.startup()))
+
+
+@pytest.mark.attack("A23")
+def test_a_burst_of_hypervisor_connections_waits_its_turn(sp: RunningSp) -> None:
+    sp.process.send_signal(signal.SIGSTOP)
+    try:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(SecureProcessorClient(sp.socket)) for _ in range(MAX_CONNECTIONS // 2)]
+            sp.process.send_signal(signal.SIGCONT)
+            assert all(isinstance(client.call(messages.ListVms()), messages.VmList) for client in clients)
+    finally:
+        sp.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.attack("A25")
+def test_a_peer_that_sends_nonsense_and_goes_leaves_one_line_in_the_log(sp: RunningSp) -> None:
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(sp.socket))
+            peer.sendall(b"\xff" * 8)
+    sp.call(messages.GetStatus())
+
+    assert "Traceback" not in sp.log()
+
+
+@pytest.mark.attack("A23")
+def test_unknown_vms_leave_nothing_behind(sp: RunningSp) -> None:
+    def resident_kib() -> int:
+        with open(f"/proc/{sp.process.pid}/status") as status:  # noqa: PTH123
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    def ask(count: int) -> None:
+        with SecureProcessorClient(sp.socket) as client:
+            for _ in range(count):
+                with pytest.raises(NotFound):
+                    client.call(messages.StopVm(vm_id=uuid.uuid4()))
+
+    ask(500)
+    before = resident_kib()
+    ask(8000)
+    assert resident_kib() - before < 500, "a lock for each would be 2,000 KiB"
+
+
+@pytest.mark.claim("C1")
+def test_a_reset_that_fails_takes_the_interface_away_at_once(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    key = sp.key_path(vm_id)
+    with sp.driver(vm_id) as driver:
+        tpm.checked(driver.transmit(tpm.startup()))
+        hidden = key.rename(key.with_suffix(".hidden"))
+        with pytest.raises(VmKeyError):
+            sp.info(messages.ResetVm(vm_id=vm_id))
+        with pytest.raises(InterfaceError, match=r"powered off|has closed"):
+            driver.transmit(tpm.get_random(8), timeout_s=20)
+    hidden.rename(key)
+    assert sp.info(messages.StartVm(vm_id=vm_id)).state == "running"
+    with sp.driver(vm_id) as driver:
+        tpm.checked(driver.transmit(tpm.startup()))
+
+
+@pytest.mark.attack("A13")
+def test_a_driver_that_lived_through_a_reset_is_told(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    with InterfaceMemory.connect(sp.interface(vm_id)) as interface:
+        driver = CrbDriver(interface, read_vm_key(sp.key_path(vm_id)))
+        tpm.checked(driver.transmit(tpm.startup()))
+        sp.info(messages.ResetVm(vm_id=vm_id))
+        with pytest.raises(InterfaceError, match="powered on anew"):
+            driver.transmit(tpm.get_random(8))
+
+
+@pytest.mark.attack("A21")
+def test_a_guest_always_learns_that_its_vtpm_died_whatever_the_moment(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    for _ in range(60):
+        with sp.driver(vm_id) as driver:
+            tpm.checked(driver.transmit(tpm.startup()))
+            os.kill(sp.worker_of(driver._interface), signal.SIGKILL)
+            with pytest.raises(InterfaceError, match="has failed"):
+                while True:  # the last answers may still come
+                    tpm.checked(driver.transmit(tpm.get_random(8)))
+        sp.info(messages.ResetVm(vm_id=vm_id))
