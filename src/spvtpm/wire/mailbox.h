@@ -82,8 +82,8 @@ static const char mailbox_session_label[] = "spvtpm mailbox session keys v1";
 static bool mailbox_hkdf(const uint8_t *key, const void *salt, size_t salt_bytes, const void *info, size_t info_bytes,
                          uint8_t *out, size_t out_bytes)
 {
-    EVP_KDF *kdf = EVP_KDF_fetch(NULL, "HKDF", NULL);
-    EVP_KDF_CTX *context = kdf != NULL ? EVP_KDF_CTX_new(kdf) : NULL;
+    static EVP_KDF *kdf; /* found once, before any fork: finding it may read files */
+    EVP_KDF_CTX *context;
     OSSL_PARAM parameters[] = {
         OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, (char *)"SHA256", 0),
         OSSL_PARAM_construct_octet_string(OSSL_KDF_PARAM_KEY, (void *)key, MAILBOX_KEY_BYTES),
@@ -91,10 +91,13 @@ static bool mailbox_hkdf(const uint8_t *key, const void *salt, size_t salt_bytes
         OSSL_PARAM_construct_octet_string(OSSL_KDF_PARAM_INFO, (void *)info, info_bytes),
         OSSL_PARAM_construct_end(),
     };
-    bool done = context != NULL && EVP_KDF_derive(context, out, out_bytes, parameters) == 1;
+    bool done;
 
+    if (kdf == NULL)
+        kdf = EVP_KDF_fetch(NULL, "HKDF", NULL);
+    context = kdf != NULL ? EVP_KDF_CTX_new(kdf) : NULL;
+    done = context != NULL && EVP_KDF_derive(context, out, out_bytes, parameters) == 1;
     EVP_KDF_CTX_free(context);
-    EVP_KDF_free(kdf);
     return done;
 }
 
@@ -119,7 +122,7 @@ static void mailbox_session_close(struct mailbox_session *session)
 static bool mailbox_session_open(struct mailbox_session *session, const uint8_t keys[2][MAILBOX_KEY_BYTES],
                                  const uint8_t vm_nonce[MAILBOX_NONCE_BYTES])
 {
-    static EVP_CIPHER *cipher; /* found once, before any fork: finding it may read files */
+    static EVP_CIPHER *cipher; /* as above */
 
     memset(session, 0, sizeof *session);
     if (cipher == NULL)

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from mmap import mmap
@@ -150,8 +151,8 @@ class InterfaceOffer:
     def __init__(self, path: Path, allowed_uids: frozenset[int]) -> None:
         self.path = path
         self._allowed_uids = allowed_uids
-        self._turn = asyncio.Lock()
-        self._connections: set[asyncio.Task[None]] = set()
+        self._holder: socket.socket | None = None
+        self._waiting: deque[socket.socket] = deque()
         with ExitStack() as undo:
             listener = listen(path, allowed_uids, MAX_WAITING)
             undo.callback(path.unlink, missing_ok=True)
@@ -163,7 +164,7 @@ class InterfaceOffer:
     @property
     def connected(self) -> bool:
         """Whether a process holds the interface."""
-        return self._turn.locked()
+        return self._holder is not None
 
     def map(self) -> mmap:
         """The interface's memory, for the short moments in which the SP itself writes registers."""
@@ -181,54 +182,41 @@ class InterfaceOffer:
 
     def _admit(self, connection: socket.socket) -> None:
         uid = peer_uid(connection)
-        if uid not in self._allowed_uids or len(self._connections) >= MAX_WAITING:
+        if uid not in self._allowed_uids or len(self._waiting) + self.connected >= MAX_WAITING:
             reason = "too many wait" if uid in self._allowed_uids else "not allowed"
             log.warning("refused a connection of uid %d to interface %s: %s", uid, self.path.name, reason)
             connection.close()
             return
-        task = asyncio.get_running_loop().create_task(self._hold(connection))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        asyncio.get_running_loop().add_reader(connection, self._dismiss, connection)
+        self._waiting.append(connection)
+        self._give()
 
-    async def _hold(self, connection: socket.socket) -> None:
-        # The client says nothing in this protocol: anything, or the end, gives the interface back, or the place in the queue.
-        with connection:
-            leaving = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(connection, 1))
+    def _give(self) -> None:
+        """Gives the interface to whoever has waited longest, if nobody holds it."""
+        while self._holder is None and self._waiting:
+            connection = self._holder = self._waiting.popleft()
             try:
-                if await self._wait_for_turn(leaving):
-                    await self._serve(connection, leaving)
-            finally:
-                leaving.cancel()
-                await asyncio.gather(leaving, return_exceptions=True)
+                for message, descriptor in encode_offer(self.offer):
+                    socket.send_fds(connection, [message], [] if descriptor is None else [descriptor])
+            except OSError:
+                self._dismiss(connection)
 
-    async def _wait_for_turn(self, leaving: asyncio.Future[bytes]) -> bool:
-        """Whether it came before the client left; if so, the turn is held."""
-        turn = asyncio.ensure_future(self._turn.acquire())
-        try:
-            await asyncio.wait((turn, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            has_it = turn.done() and not turn.cancelled()
-            if not has_it:
-                turn.cancel()
-            elif leaving.done():
-                self._turn.release()
-        return has_it and not leaving.done()
-
-    async def _serve(self, connection: socket.socket, leaving: asyncio.Future[bytes]) -> None:
-        try:
-            for message, descriptor in encode_offer(self.offer):
-                socket.send_fds(connection, [message], [] if descriptor is None else [descriptor])
-            await asyncio.wait((leaving,))
-        except OSError:
-            return
-        finally:
-            self._turn.release()
+    def _dismiss(self, connection: socket.socket) -> None:
+        """A client says nothing in this protocol: anything, or its end, gives the interface back, or its place."""
+        asyncio.get_running_loop().remove_reader(connection)
+        connection.close()
+        if connection is self._holder:
+            self._holder = None
+        else:
+            self._waiting.remove(connection)
+        self._give()
 
     def close(self) -> None:
         """Takes the interface away; a VM that still maps the memory keeps it, and nobody answers there."""
         self._acceptor.close()
         self.path.unlink(missing_ok=True)
-        for task in list(self._connections):
-            task.cancel()
+        for connection in (*self._waiting, *([self._holder] if self._holder is not None else [])):
+            asyncio.get_running_loop().remove_reader(connection)
+            connection.close()
         for descriptor in self.offer:
             os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Callable
 
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.messages import Commit, Committed, FromWorker, ToWorker
@@ -57,13 +58,18 @@ class Control:
             self._waiting.extend(self._read())
         return self._waiting.popleft()
 
-    def commit(self, permanent: bytes) -> None:
+    def commit(self, permanent: bytes, meanwhile: Callable[[], None]) -> None:
         """Returns once the permanent state is durable.
+
+        Args:
+            permanent: the state.
+            meanwhile: done while the disk works.
 
         Raises:
             StorageError: it is not; the SP's sentence why.
         """
         self.send(Commit(permanent))
+        meanwhile()
         later: list[ToWorker] = []
         while not isinstance(answer := self.receive(), Committed):
             later.append(answer)

@@ -33,10 +33,10 @@ class WorkerTpm:
     """One TPM. Life: construct → `make_blank()`, if there is time → `start()` → `execute()` … → `take_state()` or `shut_down()`.
 
     Args:
-        commit: returns once a permanent state is durable, or raises `StorageError`.
+        commit: returns once a permanent state is durable, or raises `StorageError`; calls its second argument meanwhile.
     """
 
-    def __init__(self, commit: Callable[[bytes], None]) -> None:
+    def __init__(self, commit: Callable[[bytes, Callable[[], None]], None]) -> None:
         self._commit = commit
         self._engine = Engine(self._stored)
         self._durable = b""
@@ -53,8 +53,8 @@ class WorkerTpm:
         """
         self._engine.manufacture()
 
-    def start(self, start: Start) -> None:
-        """Manufactures or resumes the TPM; returns once its state is durable.
+    def start(self, start: Start, meanwhile: Callable[[], None]) -> None:
+        """Manufactures or resumes the TPM; returns once its state is durable and `meanwhile`, called once, is done.
 
         Raises:
             EngineError: libtpms refused the state.
@@ -66,21 +66,24 @@ class WorkerTpm:
             self._engine.resume(start.permanent, None if start.volatile is None else _unpack(start.volatile))
         elif not self._engine.is_on:
             self._engine.manufacture()
-        self.make_durable()
+        if self.waits_for_storage:
+            self.make_durable(meanwhile)
+        else:
+            meanwhile()
 
     @property
     def access(self) -> TpmAccess:
         """For compiled code that executes commands by itself: it calls `make_durable` when `stores` has changed."""
         return TpmAccess(*self._engine.addresses)
 
-    def make_durable(self) -> None:
+    def make_durable(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Returns once every change is durable; one that storage refuses is kept, and tried again at the next call.
 
         Raises:
             StorageError: it is not.
         """
         if self._latest != self._durable:
-            self._commit(self._latest)
+            self._commit(self._latest, meanwhile)
             self._durable = self._latest
 
     @property

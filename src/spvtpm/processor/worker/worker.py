@@ -47,12 +47,14 @@ class _Worker:
         start = control.receive()
         if not isinstance(start, Start):
             raise MessageError("the first message to a worker must be Start")
-        self._tpm.start(start)
+        tpm.start(start, lambda: self._open_port(start, descriptors))
+
+    def _open_port(self, start: Start, descriptors: list[int]) -> None:
         self._port: Port
         if isinstance(start.port, messages.DirectPort):
-            self._port = CrbPort(start.port, descriptors, tpm, control)
+            self._port = CrbPort(start.port, descriptors, self._tpm, self._control)
         else:
-            self._port = PacketPort(descriptors, tpm, control)
+            self._port = PacketPort(descriptors, self._tpm, self._control)
 
     def run(self, missing: list[str]) -> None:
         """Serves until an order to end has been carried out."""
