@@ -7,7 +7,7 @@
 #
 #   runtime  what ./demo needs
 #   test     runtime, and what ./test and `make bench` need
-#   dev      test, and what `make check` and `make lock` need
+#   dev      test, and what `make check` and `make lock` need; also QEMU, for the tests with it
 #   fuzz     test, and what `make fuzz` needs
 #
 # Environment:
@@ -49,7 +49,7 @@ level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;
 test) enough="test dev fuzz" packages="$packages $test_packages" ;;
-dev) enough="dev" packages="$packages $test_packages make git" ;;
+dev) enough="dev" packages="$packages $test_packages qemu-system-x86 make git" ;;
 fuzz) enough="fuzz" packages="$packages $test_packages clang" ;; # and its sanitizers, see below
 *)
     echo "usage: scripts/setup.sh runtime|test|dev|fuzz" >&2
