@@ -26,8 +26,7 @@ pytestmark = pytest.mark.skipif(QEMU is None, reason="QEMU is not installed (pac
 class Qmp:
     """QEMU's monitor. Source: QEMU, docs/interop/qmp-spec."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        connection, _address = listener.accept()
+    def __init__(self, connection: socket.socket) -> None:
         self._file = connection.makefile("rw")
         self._file.readline()
         self.do("qmp_capabilities")
@@ -59,7 +58,8 @@ def qemu(interface: Path, directory: Path) -> Iterator[Qmp]:
             stdin=subprocess.DEVNULL,
         )
         try:
-            yield Qmp(listener)
+            with listener.accept()[0] as connection:
+                yield Qmp(connection)
         finally:
             process.kill()
             process.wait()
