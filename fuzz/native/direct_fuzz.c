@@ -366,9 +366,9 @@ static void serve_scribbled(struct program *program)
         enum direct_event event;
 
         machine.tpm_answer = 1 + (int64_t)(round * 97 % 4096);
-        direct_store(interface, CRB_LOC_CTRL, LOC_CTRL_REQUEST_ACCESS);
-        direct_store(interface, CRB_CTRL_REQ, CTRL_REQ_CMD_READY);
-        direct_store(interface, CRB_CTRL_START, 1);
+        shared_store(interface->memory, CRB_LOC_CTRL, LOC_CTRL_REQUEST_ACCESS);
+        shared_store(interface->memory, CRB_CTRL_REQ, CTRL_REQ_CMD_READY);
+        shared_store(interface->memory, CRB_CTRL_START, 1);
         event = direct_service(interface, round % 5 == 0);
         if (event == DIRECT_COMMAND)
             machine.tpm_saw = fingerprint(interface->command, interface->command_size);

@@ -9,15 +9,13 @@
 #ifndef SPVTPM_DIRECT_H
 #define SPVTPM_DIRECT_H
 
-#include <errno.h>
 #include <poll.h>
 #include <sched.h>
 #include <sys/random.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "crb_device.h"
 #include "mailbox.h"
+#include "shared_memory.h"
 
 /* After it has served something, the worker looks for more this long before it sleeps on the doorbell: waking up costs more
    than most commands. It yields its core while it looks. */
@@ -68,48 +66,6 @@ struct direct_interface {
     uint8_t frame[MAILBOX_MAX_FRAME_BYTES];
 };
 
-static uint32_t direct_load(const struct direct_interface *interface, uint32_t offset)
-{
-    return le32toh(__atomic_load_n((const uint32_t *)(interface->memory + offset), __ATOMIC_ACQUIRE));
-}
-
-static void direct_store(struct direct_interface *interface, uint32_t offset, uint32_t value)
-{
-    __atomic_store_n((uint32_t *)(interface->memory + offset), htole32(value), __ATOMIC_RELEASE);
-}
-
-/* Copies shared memory once; the compiler may not come back for more. */
-static void direct_copy(uint8_t *own, const uint8_t *shared, size_t size)
-{
-    memcpy(own, shared, size);
-    __asm__ __volatile__("" ::: "memory");
-}
-
-static int64_t direct_now(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-static void direct_ring(struct direct_interface *interface)
-{
-    const uint64_t one = 1;
-
-    /* A VM that has filled its own counter is awake. */
-    while (write(interface->vm_doorbell, &one, sizeof one) < 0 && errno == EINTR)
-        ;
-}
-
-static void direct_drain(struct direct_interface *interface)
-{
-    uint64_t rings;
-
-    while (read(interface->sp_doorbell, &rings, sizeof rings) < 0 && errno == EINTR)
-        ;
-}
-
 static bool direct_fresh_nonce(struct direct_interface *interface)
 {
     return getrandom(interface->sp_nonce, MAILBOX_NONCE_BYTES, 0) == MAILBOX_NONCE_BYTES;
@@ -119,17 +75,17 @@ static bool direct_fresh_nonce(struct direct_interface *interface)
    the VM may write its next request as soon as it sees that. */
 static void direct_publish_end(struct direct_interface *interface)
 {
-    direct_store(interface, CRB_CTRL_STS, crb_ctrl_sts(&interface->device));
-    direct_store(interface, CRB_CTRL_CANCEL, 0);
-    direct_store(interface, CRB_CTRL_START, 0);
-    direct_ring(interface);
+    shared_store(interface->memory, CRB_CTRL_STS, crb_ctrl_sts(&interface->device));
+    shared_store(interface->memory, CRB_CTRL_CANCEL, 0);
+    shared_store(interface->memory, CRB_CTRL_START, 0);
+    doorbell_ring(interface->vm_doorbell);
 }
 
 /* Ends the command under way without an answer. */
 static enum direct_event direct_refuse(struct direct_interface *interface, uint32_t error)
 {
     crb_complete(&interface->device, error);
-    direct_store(interface, CRB_ATTACH_ERROR_OFFSET, error);
+    shared_store(interface->memory, CRB_ATTACH_ERROR_OFFSET, error);
     direct_publish_end(interface);
     interface->refused++;
     return (interface->refused & (interface->refused - 1)) == 0 ? DIRECT_REFUSED : DIRECT_SERVED;
@@ -191,11 +147,12 @@ static uint32_t direct_open(struct direct_interface *interface, const struct mai
 /* Fetches the frame that the registers point at, and opens it. Returns an ATTACH_ error. */
 static uint32_t direct_fetch(struct direct_interface *interface)
 {
-    uint64_t address = (uint64_t)direct_load(interface, CRB_CTRL_CMD_HADDR) << 32 | direct_load(interface, CRB_CTRL_CMD_LADDR);
-    uint32_t room = direct_load(interface, CRB_CTRL_CMD_SIZE);
-    uint64_t response_address = (uint64_t)direct_load(interface, CRB_CTRL_RSP_ADDR + 4) << 32
-                                | direct_load(interface, CRB_CTRL_RSP_ADDR);
-    uint32_t response_room = direct_load(interface, CRB_CTRL_RSP_SIZE);
+    const uint8_t *memory = interface->memory;
+    uint64_t address = (uint64_t)shared_load(memory, CRB_CTRL_CMD_HADDR) << 32 | shared_load(memory, CRB_CTRL_CMD_LADDR);
+    uint32_t room = shared_load(memory, CRB_CTRL_CMD_SIZE);
+    uint64_t response_address = (uint64_t)shared_load(memory, CRB_CTRL_RSP_ADDR + 4) << 32
+                                | shared_load(memory, CRB_CTRL_RSP_ADDR);
+    uint32_t response_room = shared_load(memory, CRB_CTRL_RSP_SIZE);
     struct mailbox_header header;
 
     room = room < MAILBOX_MAX_FRAME_BYTES ? room : MAILBOX_MAX_FRAME_BYTES;
@@ -206,10 +163,10 @@ static uint32_t direct_fetch(struct direct_interface *interface)
         return ATTACH_BAD_FRAME;
     interface->response_address = response_address;
     interface->response_room = response_room;
-    direct_copy(interface->frame, interface->memory + address, MAILBOX_HEADER_BYTES);
+    shared_copy(interface->frame, memory + address, MAILBOX_HEADER_BYTES);
     if (mailbox_parse(interface->frame, room, MAILBOX_COMMAND, &header) != MAILBOX_OK)
         return ATTACH_BAD_FRAME;
-    direct_copy(interface->frame + MAILBOX_HEADER_BYTES, interface->memory + address + MAILBOX_HEADER_BYTES,
+    shared_copy(interface->frame + MAILBOX_HEADER_BYTES, memory + address + MAILBOX_HEADER_BYTES,
                 header.payload_bytes + MAILBOX_TAG_BYTES);
     return direct_open(interface, &header, address);
 }
@@ -251,25 +208,25 @@ static enum direct_event direct_run(struct direct_interface *interface, bool hol
 static enum direct_event direct_service(struct direct_interface *interface, bool hold)
 {
     struct crb_device *device = &interface->device;
-    uint32_t start = direct_load(interface, CRB_CTRL_START); /* first: what it relies on was written before it */
-    uint32_t request = direct_load(interface, CRB_CTRL_REQ);
-    uint32_t locality = direct_load(interface, CRB_LOC_CTRL);
+    uint32_t start = shared_load(interface->memory, CRB_CTRL_START); /* first: what it relies on was written before it */
+    uint32_t request = shared_load(interface->memory, CRB_CTRL_REQ);
+    uint32_t locality = shared_load(interface->memory, CRB_LOC_CTRL);
 
     if ((start | request | locality) == 0)
         return DIRECT_NOTHING;
     if (locality != 0) {
         crb_write(device, CRB_LOC_CTRL, locality);
-        direct_store(interface, CRB_LOC_STATE, crb_loc_state(device));
-        direct_store(interface, CRB_LOC_STS, crb_loc_sts(device));
-        direct_store(interface, CRB_LOC_CTRL, 0);
+        shared_store(interface->memory, CRB_LOC_STATE, crb_loc_state(device));
+        shared_store(interface->memory, CRB_LOC_STS, crb_loc_sts(device));
+        shared_store(interface->memory, CRB_LOC_CTRL, 0);
     }
     if (request != 0) {
         crb_write(device, CRB_CTRL_REQ, request);
-        direct_store(interface, CRB_CTRL_STS, crb_ctrl_sts(device));
-        direct_store(interface, CRB_CTRL_REQ, 0);
+        shared_store(interface->memory, CRB_CTRL_STS, crb_ctrl_sts(device));
+        shared_store(interface->memory, CRB_CTRL_REQ, 0);
     }
     if (start == 0) {
-        direct_ring(interface);
+        doorbell_ring(interface->vm_doorbell);
         return DIRECT_SERVED;
     }
     if (crb_write(device, CRB_CTRL_START, start) == CRB_EXECUTE)
@@ -281,7 +238,7 @@ static enum direct_event direct_service(struct direct_interface *interface, bool
 /* Whether the VM has written CTRL_CANCEL while a command runs; asked from another thread. */
 static bool direct_cancel_requested(struct direct_interface *interface)
 {
-    return crb_write(&interface->device, CRB_CTRL_CANCEL, direct_load(interface, CRB_CTRL_CANCEL)) == CRB_CANCEL;
+    return crb_write(&interface->device, CRB_CTRL_CANCEL, shared_load(interface->memory, CRB_CTRL_CANCEL)) == CRB_CANCEL;
 }
 
 static bool direct_is_readable(int descriptor)
@@ -296,7 +253,7 @@ static enum direct_event direct_turn_to_control(struct direct_interface *interfa
 {
     enum direct_event event;
 
-    direct_drain(interface);
+    doorbell_drain(interface->sp_doorbell);
     event = direct_service(interface, hold);
     return event > DIRECT_SERVED ? event : DIRECT_CONTROL;
 }
@@ -312,7 +269,7 @@ static enum direct_event direct_serve(struct direct_interface *interface, int co
 
     for (;;) {
         enum direct_event event = direct_service(interface, hold);
-        int64_t now = direct_now();
+        int64_t now = clock_now();
 
         if (event > DIRECT_SERVED)
             return event;
@@ -328,7 +285,7 @@ static enum direct_event direct_serve(struct direct_interface *interface, int co
         } else if (poll(waits, 2, -1) > 0) {
             if (waits[1].revents != 0)
                 return direct_turn_to_control(interface, hold);
-            direct_drain(interface);
+            doorbell_drain(interface->sp_doorbell);
         }
     }
 }
