@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from spvtpm.processor.vtpm import Residency, Vtpm, VtpmServices, record_name
 from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
 
 log = logging.getLogger(__name__)
+
+_AT_A_TIME = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +110,31 @@ class VtpmManager:
         """Parks what is idle, until cancelled."""
         while True:
             await asyncio.sleep(self._park_after_s)
-            for vtpm in list(self._vtpms.values()):
-                if vtpm.residency is Residency.ACTIVE:
-                    with suppress(SpvtpmError):  # what happened to it meanwhile is logged where it happened
-                        await vtpm.park(only_if_idle=True)
+            await self._with_each(self._park_idle)
+
+    @staticmethod
+    async def _park_idle(vtpm: Vtpm) -> None:
+        if vtpm.residency is Residency.ACTIVE:
+            with suppress(SpvtpmError):  # what happened to it meanwhile is logged where it happened
+                await vtpm.park(only_if_idle=True)
 
     async def close(self) -> None:
         """Shuts every vTPM down in order and gives its interface back."""
-        for vtpm in self._vtpms.values():
+
+        async def end(vtpm: Vtpm) -> None:
             await vtpm.power_off()
             await vtpm.release()
+
+        await self._with_each(end)
+
+    async def _with_each(self, act: Callable[[Vtpm], Coroutine[None, None, None]]) -> None:
+        """Acts on all vTPMs, some side by side: one that hangs keeps no other waiting."""
+        room = asyncio.Semaphore(_AT_A_TIME)
+
+        async def act_in_turn(vtpm: Vtpm) -> None:
+            async with room:
+                await act(vtpm)
+
+        async with asyncio.TaskGroup() as group:
+            for vtpm in list(self._vtpms.values()):
+                group.create_task(act_in_turn(vtpm))
