@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import os
@@ -25,8 +24,6 @@ from spvtpm.wire.errors import FusesError, IntegrityError, StorageError
 _ROOT_KEY = b"storage root key of thirty-two b"
 _RECORDS = {"vtpm/a": b"state of vTPM a", "vtpm/b": b"state of vTPM b" * 400, "vmsb/a": b"block of VM a"}
 _FOREIGN = "vtpm/foreign"
-_REFUSALS_PER_COLLECTION = 64
-_refusals = itertools.count(1)
 
 
 @contextmanager
@@ -173,8 +170,6 @@ def _read_all(path: Path) -> None:
     try:
         store = NvStore(path, _ROOT_KEY)
     except (IntegrityError, StorageError):
-        if next(_refusals) % _REFUSALS_PER_COLLECTION == 0:
-            gc.collect()  # a store that was refused leaves its connections to the garbage collector
         return
     try:
         names = [name for name in store.names("") if not name.startswith("index/")]

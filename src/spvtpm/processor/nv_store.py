@@ -93,9 +93,13 @@ class _Sealer:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA busy_timeout=5000")
-    connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+    try:
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA busy_timeout=5000")
+        connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -158,15 +162,16 @@ class NvStore:
         try:
             temporary.unlink(missing_ok=True)
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-            connection = _connect(temporary)
-            connection.execute(_SCHEMA)
-            index = {name: msgspec.msgpack.encode({}) for name in _SHARDS}
-            index[_ROOT] = msgspec.msgpack.encode(dict.fromkeys(_SHARDS, 1))
-            connection.execute("BEGIN")
-            for name, content in index.items():
-                connection.execute("INSERT INTO records VALUES (?, 1, ?, ?)", (name, *sealer.seal(name, 1, content)))
-            connection.execute("COMMIT")
-            connection.close()
+            with closing(_connect(temporary)) as connection:
+                connection.execute(_SCHEMA)
+                index = {name: msgspec.msgpack.encode({}) for name in _SHARDS}
+                index[_ROOT] = msgspec.msgpack.encode(dict.fromkeys(_SHARDS, 1))
+                connection.execute("BEGIN")
+                for name, content in index.items():
+                    connection.execute(
+                        "INSERT INTO records VALUES (?, 1, ?, ?)", (name, *sealer.seal(name, 1, content))
+                    )
+                connection.execute("COMMIT")
             temporary.rename(path)
             sync_directory(path.parent)
         except (OSError, sqlite3.Error) as error:
