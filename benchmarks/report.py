@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 Unit = Literal["µs", "ms", "KiB"]
@@ -111,13 +112,14 @@ def print_section(console: Console, section: Section) -> None:
     table.add_column("measured")
     for heading in ("spvtpm p50", "p95", "swtpm p50", "p95", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("note", style="dim", ratio=1)
+    footnotes = list(dict.fromkeys(row.note for row in section.rows if row.note))
     for row in section.rows:
         ours, theirs = _figure(row.ours, row.unit), _figure(row.theirs, row.unit)
-        table.add_row(row.name, *ours, *theirs, _verdict(row), row.note)
+        mark = f" [dim]({footnotes.index(row.note) + 1})[/]" if row.note else ""
+        table.add_row(f"{row.name}{mark}", *ours, *theirs, _verdict(row))
     console.print(table)
-    for note in section.notes:
-        console.print(f"  {note}", style="dim")
+    for text in [f"({number}) {note}" for number, note in enumerate(footnotes, 1)] + section.notes:
+        console.print(Padding(text, (0, 2)), style="dim", highlight=False)
     console.print()
 
 

@@ -89,7 +89,7 @@ class _InDirectory:
             raise
 
     def load(self) -> bytes | None:
-        return self._store.read(_RECORD) if self._store.names(_RECORD) else None
+        return self._store.read(_RECORD) if _RECORD in self._store else None
 
     def save(self, permanent: bytes) -> None:
         self._store.commit([(_RECORD, permanent)]).result()

@@ -195,6 +195,9 @@ class NvStore:
             raise IntegrityError(f"NV record {name} was added to the store from outside")
         self._versions |= known
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._versions
+
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""
         return sorted(name for name in self._versions if name.startswith(prefix))

@@ -122,7 +122,7 @@ class SecurityManager:
         bound = block.bind(vtpm_id)
         boot = self._boot(bound)
         name = _record_name(block.vm_id)
-        before = block.to_record() if name in self._store.names(name) else None
+        before = block.to_record() if name in self._store else None
         binding = Binding((name, bound.to_record()), (name, before))
         await self._vtpms.create(vtpm_id, block.vm_id, boot, binding, lambda: self._vtpm_failed(block.vm_id))
         self._blocks[block.vm_id] = bound
@@ -145,15 +145,18 @@ class SecurityManager:
 
     async def _start(self, block: VmSecurityBlock) -> None:
         started = block.start()
-        await self._save(started)
         self._blocks[block.vm_id] = started
-        if started.vtpm_id is None:
-            return
+        saving = asyncio.ensure_future(self._save(started))  # the disk works meanwhile
         try:
-            await self._vtpms.get(started.vtpm_id).power_on(*self._boot(started))
+            if started.vtpm_id is not None:
+                await self._vtpms.get(started.vtpm_id).power_on(*self._boot(started))
+            await saving
         except SpvtpmError:
-            self._blocks[block.vm_id] = started.stop()
-            await self._vtpms.get(started.vtpm_id).release()
+            (unsaved,) = await asyncio.gather(saving, return_exceptions=True)
+            await self._stop(started)
+            await self._release(started)
+            if unsaved is not None:
+                self._blocks[block.vm_id] = block
             raise
 
     async def stop(self, vm_id: uuid.UUID) -> VmInfo:
@@ -163,9 +166,7 @@ class SecurityManager:
             NotFound, WrongState: the block does not allow it.
         """
         async with self._lock(vm_id):
-            stopped = await self._stop(self._block(vm_id))
-            if stopped.vtpm_id is not None:
-                await self._vtpms.get(stopped.vtpm_id).release()
+            await self._release(await self._stop(self._block(vm_id)))
             return self.info(vm_id)
 
     async def _stop(self, block: VmSecurityBlock) -> VmSecurityBlock:
@@ -174,6 +175,10 @@ class SecurityManager:
             await self._vtpms.get(block.vtpm_id).power_off()
         self._blocks[block.vm_id] = stopped
         return stopped
+
+    async def _release(self, block: VmSecurityBlock) -> None:
+        if block.vtpm_id is not None:
+            await self._vtpms.get(block.vtpm_id).release()
 
     async def reset(self, vm_id: uuid.UUID) -> VmInfo:
         """Ends the boot under way and begins a new one; the interface stays, every old frame is dead.

@@ -66,6 +66,10 @@ def record_name(vtpm_id: uuid.UUID) -> str:
     return f"vtpm/{vtpm_id}"
 
 
+def _nothing() -> None:
+    """There is nothing to do meanwhile."""
+
+
 class Vtpm:
     """One vTPM, bound to one VM. Public methods exclude each other and end in a stable residency.
 
@@ -127,7 +131,7 @@ class Vtpm:
         self._boot = boot_id, boot_key
         port = DirectPort(self.vm_id.bytes, boot_id, boot_key)
         try:
-            await self._run_worker(Start(port, permanent), with_changes)
+            await self._run_worker(Start(port, permanent), with_changes, self.interface.listen if fresh else _nothing)
         except SpvtpmError:
             if fresh:
                 self._release_interface()
@@ -179,7 +183,7 @@ class Vtpm:
             parked = self._services.parking.take(self.vtpm_id)
             permanent = parked.permanent or self._services.store.read(record_name(self.vtpm_id))
             port = DirectPort(self.vm_id.bytes, *self._boot, parked.snapshot)
-            await self._run_worker(Start(port, permanent, parked.volatile), [])
+            await self._run_worker(Start(port, permanent, parked.volatile), [], _nothing)
         except SpvtpmError as error:
             # Its volatile state is spent: from here only a new boot leads on.
             await self._fail(str(error))
@@ -242,7 +246,7 @@ class Vtpm:
 
     # The worker
 
-    async def _run_worker(self, start: Start, with_changes: Sequence[Change]) -> None:
+    async def _run_worker(self, start: Start, with_changes: Sequence[Change], meanwhile: Callable[[], None]) -> None:
         assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
         worker = self._services.pool.take(blank=start.permanent is None)
         first_changes = list(with_changes)
@@ -259,8 +263,8 @@ class Vtpm:
 
         session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end)
         try:
-            ready = await session.start(start, list(self.interface.offer))
-        except WorkerError:
+            ready = await session.start(start, list(self.interface.offer), meanwhile)
+        except SpvtpmError:
             await self._dismiss(Residency.OFF)
             raise
         self._services.pool.note_missing(ready.missing)

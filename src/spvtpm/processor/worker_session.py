@@ -57,13 +57,20 @@ class WorkerSession:
         self._replies: asyncio.Queue[FromWorker | None] = asyncio.Queue()
         self._conversation = asyncio.create_task(self._converse())
 
-    async def start(self, start: Start, descriptors: Sequence[int]) -> Ready:
+    async def start(self, start: Start, descriptors: Sequence[int], meanwhile: Callable[[], None]) -> Ready:
         """Has the worker begin.
+
+        Args:
+            start: which TPM to be.
+            descriptors: of its port.
+            meanwhile: done while the worker works.
 
         Raises:
             WorkerError: it died, or cannot; `end()` it.
+            Exception: from `meanwhile`; `end()` the worker too.
         """
         await self._worker.start(start, descriptors)
+        meanwhile()
         reply = await self._reply()
         if not isinstance(reply, Ready):
             raise misbehaviour(self._name, reply)

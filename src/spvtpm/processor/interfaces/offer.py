@@ -14,7 +14,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
 
@@ -138,14 +138,14 @@ def _new_offer() -> Offer:
 
 
 class InterfaceOffer:
-    """One vTPM's interface. Life: construct (allocates and listens) → `close()`.
+    """One vTPM's interface. Life: construct (allocates) → `listen()` → `close()`.
 
     Args:
-        path: where its socket listens.
+        path: where its socket will listen.
         allowed_uids: whose processes may take it.
 
     Raises:
-        ResourceError: no memory, descriptors or socket can be had.
+        ResourceError: no memory or descriptors can be had.
     """
 
     def __init__(self, path: Path, allowed_uids: frozenset[int]) -> None:
@@ -153,13 +153,17 @@ class InterfaceOffer:
         self._allowed_uids = allowed_uids
         self._holder: socket.socket | None = None
         self._waiting: deque[socket.socket] = deque()
-        with ExitStack() as undo:
-            listener = listen(path, allowed_uids, MAX_WAITING)
-            undo.callback(path.unlink, missing_ok=True)
-            undo.enter_context(listener)
-            self.offer = _new_offer()
-            undo.pop_all()
-        self._acceptor = Acceptor(listener, path.name, self._admit)
+        self._acceptor: Acceptor | None = None
+        self.offer = _new_offer()
+
+    def listen(self) -> None:
+        """Offers it.
+
+        Raises:
+            ResourceError: no socket can be had.
+        """
+        listener = listen(self.path, self._allowed_uids, MAX_WAITING)
+        self._acceptor = Acceptor(listener, self.path.name, self._admit)
 
     @property
     def connected(self) -> bool:
@@ -213,8 +217,9 @@ class InterfaceOffer:
 
     def close(self) -> None:
         """Takes the interface away; a VM that still maps the memory keeps it, and nobody answers there."""
-        self._acceptor.close()
-        self.path.unlink(missing_ok=True)
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self.path.unlink(missing_ok=True)
         for connection in (*self._waiting, *([self._holder] if self._holder is not None else [])):
             asyncio.get_running_loop().remove_reader(connection)
             connection.close()
