@@ -52,6 +52,13 @@ def sp() -> Iterator[RunningSp]:
         yield running
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory with a path short enough for a secure processor."""
+    with tempfile.TemporaryDirectory(prefix="spvtpm-") as path:
+        yield Path(path)
+
+
 def spvtpm(*words: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
     """Runs the command line."""
     done = subprocess.run([*SPVTPM, *map(str, words)], input=stdin, capture_output=True, timeout=60)
@@ -129,10 +136,9 @@ def test_json_output_parses(sp: RunningSp) -> None:
 def test_a_list_in_a_pipe_is_not_cut_off(sp: RunningSp) -> None:
     vm_id = sp.launch()
     lines = done("hypervisor", "list", "--sp", sp.socket).splitlines()
-    mine = next(line for line in lines if str(vm_id) in line)
+    at = lines.index(f"{vm_id}  running, boot 1, vTPM active")
 
-    assert mine.split()[1:4] == ["running", "1", "active"]
-    assert mine.rstrip().endswith(f"{vm_id}.sock")
+    assert lines[at + 1] == f"  {sp.interface(vm_id)}"
 
 
 def test_status_in_words(sp: RunningSp) -> None:
@@ -170,8 +176,8 @@ def test_serve_wants_one_place_to_serve_on(sp: RunningSp) -> None:
     vm_id = sp.launch()
     serve = ["guest", "serve", *guest(sp, vm_id)[2:]]
 
-    assert "either --socket PATH or --tcp HOST:PORT" in complaint(3, *serve)
-    assert "is not HOST:PORT" in complaint(3, *serve, "--tcp", "localhost")
+    assert "either --socket PATH or --tcp HOST:PORT" in complaint(2, *serve)
+    assert "is not HOST:PORT" in complaint(2, *serve, "--tcp", "localhost")
     assert "cannot listen" in complaint(4, *serve, "--socket", "/nowhere/at/all")
 
 
@@ -204,19 +210,48 @@ def test_with_json_an_error_is_json_too(tmp_path: Path) -> None:
 def test_a_directory_that_is_in_use_for_something_else_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "sp.toml").write_text("mine")
 
-    assert "is not empty" in complaint(4, "sp", "init", tmp_path)
+    assert "is not empty" in complaint(3, "sp", "init", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["sp.toml"]
     assert (tmp_path / "sp.toml").read_text() == "mine"
 
 
-def test_a_start_that_fails_ends(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 90)
-    done("sp", "init", deep)
+def test_a_path_that_leaves_no_room_for_sockets_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 60)
 
-    result = spvtpm("sp", "run", deep)
+    assert "there would be no room for sockets" in complaint(3, "sp", "init", deep)
+    assert not deep.exists()
+
+
+def test_a_start_that_fails_ends(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    done("sp", "init", state)
+    (state / "run").write_text("in the way")
+
+    result = spvtpm("sp", "run", state)
     assert result.returncode == 4
     *_log, sentence, _hint = result.stderr.splitlines()  # what the kernel does not give to workers comes before
-    assert "is longer than 107 bytes" in sentence
+    assert "cannot use" in sentence
+
+
+def test_the_state_directory_stands_for_its_socket(sp: RunningSp) -> None:
+    assert done("sp", "status", "--sp", sp.state) == done("sp", "status", "--sp", sp.socket)
+
+
+def test_another_socket_than_the_secure_processors_is_told(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    assert "is no secure processor" in complaint(4, "hypervisor", "list", "--sp", sp.interface(vm_id))
+
+
+def test_output_that_cannot_be_written_is_told(sp: RunningSp) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*SPVTPM, "sp", "status", "--sp", str(sp.socket)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (result.returncode, result.stderr) == (1, "spvtpm: cannot write the output: No space left on device\n")
 
 
 def test_a_secure_processor_is_made_once(tmp_path: Path) -> None:
@@ -235,12 +270,13 @@ def test_a_secure_processor_that_cannot_be_made_there(tmp_path: Path) -> None:
 
 
 def test_a_second_daemon_on_the_same_state(sp: RunningSp) -> None:
-    assert f"another secure processor runs on {sp.state}" in complaint(4, "sp", "run", sp.state)
+    assert f"another process uses {sp.state}" in complaint(4, "sp", "run", sp.state)
     assert sp.info(messages.LaunchVm(vm_id=sp.new_vm())).state == "running"
 
 
 def test_a_state_directory_that_is_none(tmp_path: Path) -> None:
-    assert "spvtpm sp init" in complaint(4, "sp", "run", tmp_path / "nothing")
+    assert "is no directory" in complaint(3, "sp", "run", tmp_path / "nothing")
+    assert "there is no secure processor in" in complaint(3, "sp", "run", tmp_path)
 
 
 def test_a_configuration_with_an_unknown_key(tmp_path: Path) -> None:
@@ -313,7 +349,7 @@ def test_a_new_key_never_replaces_one(tmp_path: Path) -> None:
     key = path.read_bytes()
 
     assert (len(key), path.stat().st_mode & 0o777) == (32, 0o600)
-    assert "File exists" in complaint(4, "guest", "new-key", path)
+    assert "a key is never replaced" in complaint(3, "guest", "new-key", path)
     assert path.read_bytes() == key
 
 
@@ -342,7 +378,7 @@ def test_an_interface_that_another_process_holds(sp: RunningSp) -> None:
         command = [sys.executable, "-c", impatient, *map(str, guest(sp, vm_id))]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
-    assert result.returncode == 5
+    assert result.returncode == 4
     assert result.stderr.startswith(f"spvtpm: another process holds the interface {sp.interface(vm_id)}")
     assert "Traceback" not in result.stderr
 

@@ -1,7 +1,7 @@
 """`spvtpm`: one command group per trust domain. A door: it sees every domain, and does nothing itself.
 
 Exit codes: 0 done; 2 the command line is wrong; 3 refused; 4 a resource failed (storage, worker, socket); 5 the other side
-misbehaved; 1 anything else. An error is told on stderr, with `--json` as one line of JSON.
+misbehaved; 130 interrupted; 1 anything else. An error is told on stderr, with `--json` as one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from cyclopts import App, Parameter
 
 from spvtpm.wire import messages
-from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError
+from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
 app = App(
     name="spvtpm",
@@ -29,19 +29,24 @@ app.command(hypervisor_app)
 app.command(guest_app)
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for scripts.")]
-Sp = Annotated[Path, Parameter(name="--sp", help="The secure processor's socket: run/sp.sock in its state directory.")]
+Sp = Annotated[
+    Path, Parameter(name="--sp", help="The secure processor: its state directory, or the socket run/sp.sock in it.")
+]
 Vm = Annotated[uuid.UUID, Parameter(help="The VM's id, a UUID.")]
 Interface = Annotated[Path, Parameter(name="--interface", help="The interface's socket: run/VM.sock.")]
 WithoutVtpm = Annotated[bool, Parameter(negative="", help="Make none; `create-vtpm` can later.")]
 Key = Annotated[Path, Parameter(name="--key", help="The VM key's file.")]
 
-_EXIT_CODES = ((PolicyError, 3), (ResourceError, 4), (PeerError, 5), (SpvtpmError, 1))
+_EXIT_CODES = ((UsageError, 2), (PolicyError, 3), (ResourceError, 4), (PeerError, 5), (SpvtpmError, 1))
 
 
 def main() -> None:
     """Entry point."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SpvtpmError as error:
         if "--json" in sys.argv[1:]:
             told = {"error": error.code, "message": str(error), "hint": error.hint}
@@ -49,7 +54,10 @@ def main() -> None:
         else:
             print(f"spvtpm: {error} [{error.code}]\n  {error.hint}", file=sys.stderr)
         sys.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
-    except BrokenPipeError:
+    except OSError as error:  # a full disk, or a pipe whose reader has gone
+        sys.stdout = None  # what could not be written is not tried again
+        if not isinstance(error, BrokenPipeError):
+            print(f"spvtpm: cannot write the output: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -141,21 +149,12 @@ def _command(sp: Path, request: messages.Request, json: bool) -> None:
 
 
 def _print_vms(vms: list[messages.VmInfo]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    whole = Column("VM", no_wrap=True), Column("interface", overflow="fold")  # both are there to be copied
-    table = Table(whole[0], "state", "boots", "vTPM", whole[1], box=None, pad_edge=False)
     for vm in vms:
         vtpm = vm.vtpm
-        where = "" if vtpm is None else vtpm.failure or vtpm.interface
         residency = "none" if vtpm is None else vtpm.residency + (", connected" if vtpm.connected else "")
-        table.add_row(str(vm.vm_id), vm.state, str(vm.boots), residency, Text(where))  # no markup of its own
-    console = Console()
-    if not console.is_terminal:
-        console.width = 400  # in a pipe nothing is cut off to fit a terminal that is not there
-    console.print(table)
+        print(f"{vm.vm_id}  {vm.state}, boot {vm.boots}, vTPM {residency}")
+        if vtpm is not None and (vtpm.failure or vtpm.interface):
+            print(f"  {vtpm.failure or vtpm.interface}")
 
 
 @hypervisor_app.command
@@ -297,8 +296,17 @@ def serve(*, interface: Interface, key: Key, socket: Path | None = None, tcp: st
 
     from spvtpm.guest.doors import run_sockets
 
+    if (socket is None) == (tcp is None):
+        raise UsageError("give either --socket PATH or --tcp HOST:PORT")
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    run_sockets(interface, key, socket, tcp)
+    run_sockets(interface, key, socket, None if tcp is None else _host_and_port(tcp))
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65535:
+        raise UsageError(f"{text} is not HOST:PORT with a port from 1 to 65534")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -77,9 +78,13 @@ class _InDirectory:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot use {directory}: {error.strerror}") from None
+        if (directory / "sp.toml").exists():
+            raise StorageError(f"{directory} belongs to a secure processor")
         self._lock = lock_state(directory)
         try:
             if not (directory / "fuses").exists():
+                if (directory / "nv.db").exists():
+                    raise StorageError(f"{directory} has lost its fuses: what is in it cannot be opened, remove it")
                 fuses = new_fuses()
                 NvStore.create(directory / "nv.db", fuses.storage_root_key)
                 burn_fuses(directory / "fuses", fuses)
@@ -234,6 +239,11 @@ class _Process:
         return Committed()
 
 
+def _remove_tree(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not at the end of a fork
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class VTPM:
     """A TPM 2.0 of your own, manufactured, powered on and started.
 
@@ -247,7 +257,8 @@ class VTPM:
         state: a directory that keeps the TPM (sealed, durable before each answer); made if missing. None: in memory.
 
     Raises:
-        StorageError: the directory cannot be used, is damaged, or in use by another process.
+        StorageError: the directory cannot be used, or is damaged.
+        StateInUse: another process uses it.
         WorkerError: the process does not start.
     """
 
@@ -294,6 +305,7 @@ class VTPM:
             self._running()
             if self._server is None:
                 self._sockets = Path(tempfile.mkdtemp(prefix="spvtpm-"))
+                self._remove_sockets = weakref.finalize(self, _remove_tree, self._sockets, os.getpid())
                 data, control = listen_unix(self._sockets / "tpm")
                 self._server = TctiServer(self.transmit, lambda: None, data, control)
                 self._server.start()
@@ -312,8 +324,7 @@ class VTPM:
                 return
             if self._server is not None:
                 self._server.close()
-            if self._sockets is not None:
-                shutil.rmtree(self._sockets, ignore_errors=True)
+                self._remove_sockets()
             self._process.shut_down()
             self._process = None
             self._storage.close()

@@ -12,7 +12,7 @@ from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import messages
-from spvtpm.wire.errors import AlreadyExists, InterfaceError
+from spvtpm.wire.errors import AlreadyExists, InterfaceError, StateInUse
 from tests import tpm_commands as tpm
 from tests.attacks.memory_owner import start_command
 from tests.harness import RunningSp
@@ -54,7 +54,7 @@ def test_two_processes_never_hold_one_interface_at_a_time(sp: RunningSp) -> None
     vm_id = sp.launch()
     with sp.driver(vm_id) as driver:
         tpm.checked(driver.transmit(tpm.startup()))
-        with pytest.raises(InterfaceError, match="another process holds"):
+        with pytest.raises(StateInUse, match="another process holds"):
             InterfaceMemory.connect(sp.interface(vm_id), timeout_s=0.3)
         tpm.checked(driver.transmit(tpm.get_random(8)))
 

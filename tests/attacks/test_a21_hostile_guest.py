@@ -74,7 +74,7 @@ def test_a_flood_of_doorbells_keeps_neither_the_vtpm_nor_its_neighbour_from_work
     flooded, neighbour = sp.launch(), sp.launch()
     stop = threading.Event()
     with sp.driver(flooded) as driver, sp.driver(neighbour) as other:
-        interface: InterfaceMemory = driver._interface
+        interface: InterfaceMemory = driver.interface
 
         def flood() -> None:
             while not stop.is_set():
@@ -104,7 +104,7 @@ def test_a_dead_worker_is_noticed_reported_and_brought_back_by_a_new_boot_while_
         tpm.checked(driver.transmit(tpm.startup()))
         tpm.checked(driver.transmit(tpm.nv_define(0x01500001, 8)))
         tpm.checked(driver.transmit(tpm.nv_write(0x01500001, b"survives")))
-        os.kill(sp.worker_of(driver._interface), signal.SIGKILL)
+        os.kill(sp.worker_of(driver.interface), signal.SIGKILL)
 
         with pytest.raises(InterfaceError, match="has failed"):
             driver.transmit(tpm.get_random(8))

@@ -145,7 +145,7 @@ def test_no_process_of_the_sp_leaves_a_core_dump_or_can_be_read_by_its_own_user(
     # Not dumpable: /proc belongs to root, so other processes of the same user cannot open its memory.
     with used.sp.driver(used.vm_id) as driver:
         tpm.checked(driver.transmit(tpm.get_random(8)))
-        worker = used.sp.worker_of(driver._interface)
+        worker = used.sp.worker_of(driver.interface)
     assert Path(f"/proc/{worker}/mem").stat().st_uid == 0
     assert Path(f"/proc/{used.sp.process.pid}/mem").stat().st_uid == 0
 

@@ -15,7 +15,7 @@ import pytest
 
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.wire import crb, messages
-from spvtpm.wire.errors import InterfaceError
+from spvtpm.wire.errors import StateInUse
 from tests.harness import RunningSp
 
 QEMU = shutil.which("qemu-system-x86_64")
@@ -81,7 +81,7 @@ def test_qemu_maps_the_interface_and_holds_it_until_it_ends(sp: RunningSp, state
         vtpm = sp.vm(vm_id).vtpm
         assert vtpm is not None
         assert vtpm.connected
-        with pytest.raises(InterfaceError, match="another process holds the interface"):
+        with pytest.raises(StateInUse, match="another process holds the interface"):
             InterfaceMemory.connect(sp.interface(vm_id), timeout_s=0.2)
 
         sp.info(messages.ResetVm(vm_id=vm_id))

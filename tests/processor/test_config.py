@@ -81,9 +81,8 @@ def test_a_key_that_is_unknown_or_out_of_bounds_is_named_with_the_file(path: Pat
     assert named in str(refusal.value)
 
 
-def test_a_missing_file_is_named(path: Path) -> None:
-    with pytest.raises(StorageError, match=f"cannot read {path}"):
-        load_config(path)
+def test_without_a_file_everything_has_its_default(path: Path) -> None:
+    assert load_config(path) == SpConfig()
 
 
 def test_a_directory_is_no_configuration(path: Path) -> None:

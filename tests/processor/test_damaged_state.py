@@ -206,7 +206,7 @@ def test_a_state_in_which_nothing_was_initialised_is_refused(state_directory: Pa
     done = subprocess.run(
         [sys.executable, "-m", "spvtpm.cli", "sp", "run", str(state_directory)], capture_output=True, timeout=60
     )
-    assert done.returncode == 4
+    assert done.returncode == 3
     assert {path.name for path in state_directory.iterdir()} <= {"lock"}
 
 

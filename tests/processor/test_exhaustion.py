@@ -119,7 +119,7 @@ def test_a_guest_always_learns_that_its_vtpm_died_whatever_the_moment(sp: Runnin
     for _ in range(60):
         with sp.driver(vm_id) as driver:
             tpm.checked(driver.transmit(tpm.startup()))
-            os.kill(sp.worker_of(driver._interface), signal.SIGKILL)
+            os.kill(sp.worker_of(driver.interface), signal.SIGKILL)
             with pytest.raises(InterfaceError, match="has failed"):
                 while True:  # the last answers may still come
                     tpm.checked(driver.transmit(tpm.get_random(8)))

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.processor.interfaces.offer import MAX_SOCKET_PATH_BYTES, MAX_WAITING, listen
+from spvtpm.processor.interfaces.offer import MAX_CONNECTIONS
+from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES, listen
 from spvtpm.wire import crb, messages
 from spvtpm.wire.errors import InterfaceError, ResourceError
 from spvtpm.wire.ivshmem import MESSAGE_BYTES, Offer, OfferParser
@@ -95,7 +96,7 @@ def is_connected(sp: RunningSp, vm_id: uuid.UUID) -> bool:
 @pytest.mark.claim("C1")
 def test_one_process_holds_the_interface_and_the_others_follow_in_their_order(sp: RunningSp, vm_id: uuid.UUID) -> None:
     with ExitStack() as stack:
-        visitors = [stack.enter_context(Visitor(sp, vm_id)) for _ in range(MAX_WAITING)]
+        visitors = [stack.enter_context(Visitor(sp, vm_id)) for _ in range(MAX_CONNECTIONS)]
         for turn, visitor in enumerate(visitors):
             assert visitor.gets_it()
             assert is_connected(sp, vm_id)
@@ -106,7 +107,7 @@ def test_one_process_holds_the_interface_and_the_others_follow_in_their_order(sp
 @pytest.mark.attack("A23")
 def test_more_than_may_wait_are_turned_away_and_the_others_keep_their_places(sp: RunningSp, vm_id: uuid.UUID) -> None:
     with ExitStack() as stack:
-        visitors = [stack.enter_context(Visitor(sp, vm_id)) for _ in range(MAX_WAITING)]
+        visitors = [stack.enter_context(Visitor(sp, vm_id)) for _ in range(MAX_CONNECTIONS)]
         for _ in range(3):
             with Visitor(sp, vm_id) as late:
                 assert late.is_turned_away()

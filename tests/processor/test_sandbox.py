@@ -274,7 +274,7 @@ def test_a_worker_of_a_running_sp_is_confined(sp: RunningSp) -> None:
     vm_id = sp.launch()
     with sp.driver(vm_id) as driver:
         tpm.checked(driver.transmit(tpm.startup()))
-        worker = sp.worker_of(driver._interface)
+        worker = sp.worker_of(driver.interface)
     lines = Path(f"/proc/{worker}/status").read_text().splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     assert status["Seccomp"] == "2"

@@ -47,7 +47,7 @@ class CrbDriver:
     """
 
     def __init__(self, interface: InterfaceMemory, vm_key: bytes) -> None:
-        self._interface = interface
+        self.interface = interface
         self._memory = interface.memory
         self._lock = threading.Lock()
         attach = self._read_attach()
@@ -82,7 +82,7 @@ class CrbDriver:
         if not 0 < len(command) <= MAX_PAYLOAD_BYTES:
             raise ValueError(f"a TPM command has 1 to {MAX_PAYLOAD_BYTES} bytes, not {len(command)}")
         with self._lock:
-            if not self._interface.is_open:
+            if not self.interface.is_open:
                 raise InterfaceError("this interface was closed")
             size = lib.driver_transmit(self._driver, command, len(command))
             if size == lib.DRIVER_WAITING:
@@ -93,7 +93,7 @@ class CrbDriver:
 
     def _wait_for_response(self, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
-        while self._interface.wait(max(0.0, deadline - time.monotonic())):
+        while self.interface.wait(max(0.0, deadline - time.monotonic())):
             size: int = lib.driver_take(self._driver)
             if size != lib.DRIVER_WAITING:
                 return size
@@ -102,7 +102,7 @@ class CrbDriver:
     def _raise_error(self, result: int) -> NoReturn:
         attach = self._read_attach()
         if attach.boot_id != self._boot_id:
-            raise InterfaceError("the vTPM was powered on anew while this VM was running: restart the VM")
+            raise InterfaceError("the vTPM was powered on anew: this driver's boot has ended, start it in the new one")
         if result == lib.DRIVER_FRAME:
             mailbox.check_result(self._driver.frame_error)
         if result == lib.DRIVER_OTHER:
@@ -121,4 +121,4 @@ class CrbDriver:
     def cancel(self) -> None:
         """Asks the vTPM to cancel the command that runs; from another thread than the one in `transmit`."""
         crb.U32.pack_into(self._memory, Register.CTRL_CANCEL, crb.CANCEL)
-        self._interface.ring()
+        self.interface.ring()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.tcti import TctiServer, listen_tcp, listen_unix, serve_pipe
+from spvtpm.guest.tcti import TctiServer, listen_tcp, listen_unix, serve_pipe, unix_paths
 from spvtpm.guest.vm_key import read_vm_key
-from spvtpm.wire.errors import PolicyError, ResourceError
+from spvtpm.wire.errors import ResourceError
 from spvtpm.wire.tpm_stream import ensure_started
 
 
@@ -37,11 +37,16 @@ def run_pipe(interface: Path, key: Path) -> None:
         serve_pipe(driver.transmit, 0, 1)
 
 
-def run_sockets(interface: Path, key: Path, unix: Path | None, tcp: str | None) -> None:
+def run_sockets(interface: Path, key: Path, unix: Path | None, tcp: tuple[str, int] | None) -> None:
     """Serves on a unix or TCP socket until SIGTERM or Ctrl-C.
 
+    Args:
+        interface: path of the interface's socket.
+        key: path of the VM key.
+        unix: path of the unix socket; or
+        tcp: host and port.
+
     Raises:
-        PolicyError: not exactly one of `unix` and `tcp` is given, or `tcp` is not HOST:PORT.
         SpvtpmError: the interface, the key or the socket cannot be had.
     """
     # Blocked before any thread begins, so that every thread leaves the signals to the wait below.
@@ -54,17 +59,16 @@ def run_sockets(interface: Path, key: Path, unix: Path | None, tcp: str | None) 
         print(f"serving {where}", flush=True)
         signal.sigwait(ending)
         server.close()
+    for path in unix_paths(unix) if unix is not None else ():
+        path.unlink(missing_ok=True)
 
 
-def _listen(unix: Path | None, tcp: str | None) -> tuple[str, tuple[socket.socket, socket.socket]]:
+def _listen(unix: Path | None, tcp: tuple[str, int] | None) -> tuple[str, tuple[socket.socket, socket.socket]]:
     try:
-        if unix is not None and tcp is None:
-            return f"swtpm:path={unix}", listen_unix(unix)
-        if tcp is not None and unix is None:
-            host, _, port = tcp.rpartition(":")
-            if host and port.isdecimal() and 0 < int(port) < 65535:
-                return f"swtpm:host={host},port={port}", listen_tcp(host, int(port))
-            raise PolicyError(f"{tcp} is not HOST:PORT with a port from 1 to 65534")
+        if unix is not None:
+            return f"swtpm:path={unix.absolute()}", listen_unix(unix)
+        assert tcp is not None  # noqa: S101  # the caller gives one of the two
+        host, port = tcp
+        return f"swtpm:host={host},port={port}", listen_tcp(host, port)
     except OSError as error:
         raise ResourceError(f"cannot listen: {error.strerror}") from None
-    raise PolicyError("give either --socket PATH or --tcp HOST:PORT")

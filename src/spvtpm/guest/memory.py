@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from spvtpm.wire import crb
-from spvtpm.wire.errors import InterfaceError
+from spvtpm.wire.errors import InterfaceError, SpvtpmError, StateInUse
 from spvtpm.wire.ivshmem import MESSAGE_BYTES, Offer, OfferParser
 
 _MEMORY_GONE = "the secure processor has closed the vTPM's interface: it stopped, or the VM was powered off"
@@ -47,17 +47,19 @@ class InterfaceMemory:
             timeout_s: how long to wait.
 
         Raises:
-            InterfaceError: there is no interface, it is held by another process, or it is not for this user.
+            InterfaceError: there is no interface, or it is not for this user.
+            StateInUse: another process holds it.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         received: list[int] = []
+        error: SpvtpmError
         try:
             connection.settimeout(timeout_s)
             connection.connect(str(path))
             offer = cls._receive_offer(connection, received)
             return cls(connection, offer)
         except TimeoutError:
-            error = InterfaceError(f"another process holds the interface {path}: no answer within {timeout_s:g} s")
+            error = StateInUse(f"another process holds the interface {path}: no answer within {timeout_s:g} s")
         except OSError as os_error:
             error = InterfaceError(f"cannot connect to the interface {path}: {os_error.strerror or os_error}")
         except InterfaceError as interface_error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from spvtpm.wire.errors import FrameError, SpvtpmError
+from spvtpm.wire.errors import AlreadyExists, FrameError, SpvtpmError
 from spvtpm.wire.swtpm_control import MAX_REQUEST_BYTES, ControlCommand, answer_control
 from spvtpm.wire.tpm_stream import TPM_RC_FAILURE, CommandDecoder, Transmit, error_response
 
@@ -137,18 +138,41 @@ class TctiServer:
 def listen_unix(path: Path) -> tuple[socket.socket, socket.socket]:
     """Data socket at `path`, control socket at `path`.ctrl, as the swtpm TCTI expects; mode 0600.
 
+    A socket on which nobody listens any more is replaced, anything else stays as it is.
+
     Raises:
+        AlreadyExists: something else lies there.
         OSError: they cannot be had.
     """
-    sockets = []
-    for address in (path, path.with_name(f"{path.name}.ctrl")):
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        address.unlink(missing_ok=True)
-        listener.bind(str(address))
-        address.chmod(0o600)
+    with ExitStack() as undo:
+        data, control = (undo.enter_context(_listen_at(address)) for address in unix_paths(path))
+        undo.pop_all()
+        return data, control
+
+
+def _listen_at(path: Path) -> socket.socket:
+    _remove_stale_socket(path)
+    with ExitStack() as undo:
+        listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        listener.bind(str(path))
+        path.chmod(0o600)
         listener.listen(MAX_CLIENTS)
-        sockets.append(listener)
-    return sockets[0], sockets[1]
+        undo.pop_all()
+        return listener
+
+
+def unix_paths(path: Path) -> tuple[Path, Path]:
+    """Where `listen_unix` listens: data, control."""
+    return path, path.with_name(f"{path.name}.ctrl")
+
+
+def _remove_stale_socket(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        if not path.is_socket() or probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+            raise AlreadyExists(f"{path} exists, and is no socket that was left behind")
+    path.unlink()
 
 
 def listen_tcp(host: str, port: int) -> tuple[socket.socket, socket.socket]:

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from spvtpm.wire.errors import StorageError, VmKeyError
+from spvtpm.wire.errors import AlreadyExists, StorageError, VmKeyError
 from spvtpm.wire.mailbox import KEY_BYTES
 
 
@@ -14,7 +14,8 @@ def create_vm_key(path: Path) -> None:
     """Writes a new random VM key, 32 bytes, mode 0600.
 
     Raises:
-        StorageError: the file exists already, or cannot be written.
+        AlreadyExists: there is a file already.
+        StorageError: it cannot be written.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -22,6 +23,8 @@ def create_vm_key(path: Path) -> None:
             file.write(os.urandom(KEY_BYTES))
             file.flush()
             os.fsync(descriptor)
+    except FileExistsError:
+        raise AlreadyExists(f"{path} exists already: a key is never replaced") from None
     except OSError as error:
         raise StorageError(f"cannot write the VM key {path}: {error.strerror}") from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from spvtpm.wire.errors import FrameError, NotRunning, ResourceError, error_from_code
+from spvtpm.wire.errors import FrameError, NotRunning, PermissionRefused, ResourceError, error_from_code
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import ErrorReply, Reply, Request, encode_message, parse_reply
 
@@ -19,19 +19,25 @@ class SecureProcessorClient:
     """A connection to the SP's hypervisor socket.
 
     Args:
-        path: of the socket, `run/sp.sock` in the SP's state directory.
+        path: of the socket, or of the SP's state directory, in which it is `run/sp.sock`.
         timeout_s: how long one command may take.
 
     Raises:
-        NotRunning: nobody listens there, or this user may not connect.
+        NotRunning: nobody listens there.
+        PermissionRefused: this user may not connect.
     """
 
     def __init__(self, path: Path, timeout_s: float = 120.0) -> None:
         self._decoder = FrameDecoder()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
+        if path.is_dir():
+            path = path / "run" / "sp.sock"
         try:
             self._socket.connect(str(path))
+        except PermissionError:
+            self._socket.close()
+            raise PermissionRefused(f"this user may not connect to {path}") from None
         except OSError as error:
             self._socket.close()
             raise NotRunning(f"no secure processor answers at {path}: {error.strerror or error}") from None
@@ -57,7 +63,11 @@ class SecureProcessorClient:
                     return frame
         except TimeoutError:
             raise ResourceError("the secure processor did not answer in time") from None
-        except (OSError, FrameError) as error:
+        except FrameError:
+            raise NotRunning(
+                "what answers at this socket is no secure processor, or not its hypervisor's port"
+            ) from None
+        except OSError as error:
             raise ResourceError(f"the connection to the secure processor broke: {error}") from None
         raise ResourceError("the secure processor closed the connection")
 

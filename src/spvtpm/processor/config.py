@@ -41,13 +41,15 @@ DEFAULT_TOML = """\
 
 
 def load_config(path: Path) -> SpConfig:
-    """Reads the file.
+    """Reads the file; without one everything has its default.
 
     Raises:
-        ConfigError: it is missing, or a key is unknown or out of bounds.
+        ConfigError: it cannot be read, or a key is unknown or out of bounds.
     """
     try:
         return msgspec.toml.decode(path.read_bytes(), type=SpConfig)
+    except FileNotFoundError:
+        return SpConfig()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (*UNDECODABLE, ValueError) as error:

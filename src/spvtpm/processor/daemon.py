@@ -17,6 +17,7 @@ import logging
 import os
 import resource
 import signal
+import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from importlib.metadata import version
@@ -31,14 +32,17 @@ from spvtpm.processor.own_memory import protect_own_memory
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.state_lock import lock_state
+from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.processor.vm_keys import VmKeyFiles
 from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire import messages
-from spvtpm.wire.errors import AlreadyInitialised, StorageError
+from spvtpm.wire.errors import AlreadyInitialised, NoSecureProcessor, StorageError
 
 log = logging.getLogger(__name__)
+
+_LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}.sock"
 
 
 def initialise(state: Path) -> Fuses:
@@ -46,15 +50,17 @@ def initialise(state: Path) -> Fuses:
 
     Raises:
         AlreadyInitialised: there is one in this directory.
-        StorageError: the directory is not empty, or cannot be written.
+        NoSecureProcessor: the directory is not empty, or its path too long for the sockets in it.
+        StorageError: it cannot be written.
     """
     fuses = new_fuses()
+    _check_length(state.absolute())
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (state / "fuses").exists():
             raise AlreadyInitialised(f"there is a secure processor in {state} already")
         if any(state.iterdir()):
-            raise StorageError(f"{state} is not empty: a new secure processor needs a directory of its own")
+            raise NoSecureProcessor(f"{state} is not empty: a new secure processor needs a directory of its own")
         state.chmod(0o700)
         (state / "vm-keys").mkdir(mode=0o700)
         (state / "sp.toml").write_text(DEFAULT_TOML)
@@ -74,15 +80,19 @@ class SecureProcessor:
     Raises:
         FusesError: the fuses are missing or damaged.
         StateInUse: another daemon runs on it.
+        NoSecureProcessor: there is none in this directory.
         IntegrityError: the NV store is not what this SP wrote.
         StorageError: something cannot be read.
     """
 
     def __init__(self, state: Path) -> None:
         state = state.absolute()
+        _check_length(state)
         self._missing = protect_own_memory()
         if not state.is_dir():
-            raise StorageError(f"{state} is no directory; `spvtpm sp init` makes one")
+            raise NoSecureProcessor(f"{state} is no directory")
+        if not (state / "fuses").exists() and not (state / "nv.db").exists():
+            raise NoSecureProcessor(f"there is no secure processor in {state}")
         self._state = state
         self._config = load_config(state / "sp.toml")
         with ExitStack() as cleanup:
@@ -127,6 +137,7 @@ class SecureProcessor:
         keys = VmKeyFiles(self._state / "vm-keys")
         self._security = SecurityManager(self._store, vtpms, keys, self._config.max_vms)
         self._security.load()
+        await self._security.sweep()
         parking = asyncio.create_task(vtpms.park_idle_for_ever())
         cleanup.callback(parking.cancel)
         port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
@@ -166,12 +177,20 @@ class SecureProcessor:
                 assert_never(request)
 
 
+def _check_length(state: Path) -> None:
+    longest = MAX_SOCKET_PATH_BYTES - len(os.fsencode(_LONGEST_SOCKET))
+    if len(os.fsencode(state)) > longest:
+        raise NoSecureProcessor(f"the path {state} is longer than {longest} bytes: there would be no room for sockets")
+
+
 def _make_runtime(state: Path, allowed_uids: frozenset[int]) -> Path:
     """The directory of sockets. Other users can pass through the state directory if they are allowed, and only then."""
     runtime = state / "run"
     mode = 0o711 if allowed_uids - {0, os.geteuid()} else 0o700
     try:
         runtime.mkdir(exist_ok=True)
+        for left_behind in runtime.glob("*.sock"):
+            left_behind.unlink()
         for directory in (state, runtime):
             directory.chmod(mode)
     except OSError as error:

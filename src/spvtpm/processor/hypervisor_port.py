@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from spvtpm.processor.interfaces.offer import Acceptor, listen, peer_uid
+from spvtpm.processor.unix_sockets import Acceptor, listen, peer_uid
 from spvtpm.wire.errors import PeerError, SpvtpmError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import MAX_REQUEST_BYTES, ErrorReply, Reply, Request, encode_message, parse_request

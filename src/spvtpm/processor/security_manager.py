@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.vm_keys import VmKeys
-from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.vtpm import VTPM_PREFIX, Residency, Vtpm, record_name
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError, SpvtpmError, WrongState
 from spvtpm.wire.messages import VmInfo, VtpmInfo
@@ -59,6 +59,17 @@ class SecurityManager:
             self._blocks[vm_id] = block
             if block.vtpm_id is not None:
                 self._vtpms.load(block.vtpm_id, vm_id, lambda vm_id=vm_id: self._vtpm_failed(vm_id))  # type: ignore[misc]
+
+    async def sweep(self) -> None:
+        """Removes vTPM records that no block names, those of damaged blocks that are gone. While one is there, all stay.
+
+        For the start only: a vTPM that is being made has a record before its block is in the table.
+        """
+        bound = {record_name(block.vtpm_id) for block in self._blocks.values() if block.vtpm_id is not None}
+        orphans = [name for name in self._store.names(VTPM_PREFIX) if name not in bound]
+        if orphans and not self._damaged:
+            log.warning("removing %d vTPM records that belong to no VM", len(orphans))
+            await asyncio.wrap_future(self._store.commit([(name, None) for name in orphans]))
 
     def _lock(self, vm_id: uuid.UUID) -> asyncio.Lock:
         """The VM's lock; it lives as long as somebody holds it or waits for it."""
@@ -191,7 +202,7 @@ class SecurityManager:
             return self.info(vm_id)
 
     async def decommission(self, vm_id: uuid.UUID) -> None:
-        """Destroys block, vTPM and storage; a damaged block too.
+        """Destroys block, vTPM and storage. Of a damaged block nobody can tell whose vTPM it was: that goes at the next start.
 
         Raises:
             NotFound: there is none.

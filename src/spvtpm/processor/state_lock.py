@@ -24,5 +24,5 @@ def lock_state(state: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise StateInUse(f"another secure processor runs on {state}") from None
+        raise StateInUse(f"another process uses {state}") from None
     return descriptor

@@ -61,9 +61,12 @@ class VtpmServices:
     allowed_uids: frozenset[int]
 
 
+VTPM_PREFIX = "vtpm/"
+
+
 def record_name(vtpm_id: uuid.UUID) -> str:
     """Name of the NV record with the vTPM's permanent state."""
-    return f"vtpm/{vtpm_id}"
+    return f"{VTPM_PREFIX}{vtpm_id}"
 
 
 def _nothing() -> None:

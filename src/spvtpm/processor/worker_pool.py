@@ -11,7 +11,7 @@ from contextlib import suppress
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.messages import FromWorker, Start, ToWorker
 from spvtpm.processor.zygote_link import ZygoteLink
-from spvtpm.wire.errors import FrameError, WorkerError
+from spvtpm.wire.errors import WorkerError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,6 @@ class Worker:
             except OSError:
                 data = b""
             if not data:
-                with suppress(FrameError):  # a worker killed while it spoke
-                    self._decoder.finish()
                 return
             for frame in self._decoder.feed(data):
                 yield messages.parse_from_worker(frame)

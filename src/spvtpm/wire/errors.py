@@ -76,10 +76,10 @@ class NotFound(PolicyError):
 
 
 class AlreadyExists(PolicyError):
-    """The VM or vTPM exists already."""
+    """The VM, vTPM or file exists already."""
 
     code = "exists"
-    hint = "A VM has one security block, and a security block has one vTPM."
+    hint = "A VM has one security block, a security block one vTPM; a key or a socket in use is never replaced."
 
 
 class AlreadyInitialised(AlreadyExists):
@@ -101,6 +101,20 @@ class ResourceError(SpvtpmError):
 
     code = "resource"
     hint = "Free the resource named in the message and try again."
+
+
+class NoSecureProcessor(PolicyError):
+    """The directory is not that of a secure processor, or cannot become one."""
+
+    code = "no-sp"
+    hint = "`spvtpm sp init DIR` makes a secure processor in an empty or missing directory with a short path."
+
+
+class UsageError(PolicyError):
+    """The command line asks for something that makes no sense."""
+
+    code = "usage"
+    hint = "See --help of the command."
 
 
 class NotRunning(ResourceError):
@@ -143,7 +157,8 @@ class VmKeyError(StorageError):
 
     code = "vm-key"
     hint = (
-        "Make it with `spvtpm guest new-key FILE`: 32 bytes, mode 0600, the same for the VM and its secure processor."
+        "It has 32 bytes, mode 0600 (`chmod 600 FILE`), and is the same for the VM and its secure processor; "
+        "`spvtpm guest new-key FILE` makes one where there is none."
     )
 
 
@@ -151,14 +166,16 @@ class StateInUse(ResourceError):
     """Another secure processor runs on the same state directory."""
 
     code = "in-use"
-    hint = "Stop the other daemon first, or give this one a state directory of its own."
+    hint = "Stop the other process first, or use a directory of its own."
 
 
 class WorkerError(ResourceError):
     """The process that runs a vTPM died, hung, or broke the protocol."""
 
     code = "worker"
-    hint = "The vTPM starts again from its last durable state with `spvtpm hypervisor reset`."
+    hint = (
+        "A reset starts it again from its last durable state: `spvtpm hypervisor reset`, or `VTPM.reset()` in Python."
+    )
 
 
 def _tree(base: type[SpvtpmError]) -> list[type[SpvtpmError]]:

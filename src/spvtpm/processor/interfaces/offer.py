@@ -11,108 +11,20 @@ import fcntl
 import logging
 import os
 import socket
-import struct
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
 
+from spvtpm.processor.unix_sockets import Acceptor, listen, peer_uid
 from spvtpm.wire import crb
 from spvtpm.wire.errors import ResourceError
 from spvtpm.wire.ivshmem import Offer, encode_offer
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 8
+MAX_CONNECTIONS = 8
 """Connections to one interface at a time, the served one included; more are closed at once."""
-
-MAX_SOCKET_PATH_BYTES = 107
-"""Source: unix(7), sockaddr_un."""
-
-_ACCEPT_PAUSE_S = 0.05
-"""When descriptors are exhausted, the socket stays readable: trying again at once would burn a core."""
-
-_UCRED = struct.Struct("3i")
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """User id of the process on the other end of a unix socket. Source: unix(7), SO_PEERCRED."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _pid, uid, _gid = _UCRED.unpack(credentials)
-    return int(uid)
-
-
-def listen(path: Path, allowed_uids: frozenset[int], backlog: int) -> socket.socket:
-    """A unix stream socket that listens at `path`; a stale file there is replaced.
-
-    Whom it lets connect is a first hurdle; whoever accepts a connection looks at `peer_uid`.
-
-    Args:
-        path: of the socket.
-        allowed_uids: mode 0600 lets this process's own user and root in, who may be all; mode 0666 everybody.
-        backlog: connections that may wait to be accepted.
-
-    Raises:
-        ResourceError: the path is too long, or cannot be used.
-    """
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        raise ResourceError(f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
-    try:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    except OSError as error:
-        raise ResourceError(f"no socket can be had: {error.strerror}") from None
-    try:
-        path.unlink(missing_ok=True)
-        old = os.umask(0o111 if allowed_uids - {0, os.geteuid()} else 0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(old)
-        listener.listen(backlog)
-    except OSError as error:
-        listener.close()
-        raise ResourceError(f"cannot listen on {path}: {error.strerror}") from None
-    return listener
-
-
-class Acceptor:
-    """Hands each new connection of a listening socket to `handle`, in the event loop; pauses when none can be accepted.
-
-    Args:
-        listener: closed by `close()`.
-        name: for the log.
-        handle: owns the connection, which does not block.
-    """
-
-    def __init__(self, listener: socket.socket, name: str, handle: Callable[[socket.socket], None]) -> None:
-        self._listener = listener
-        self._name = name
-        self._handle = handle
-        self._resuming: asyncio.TimerHandle | None = None
-        self._resume()
-
-    def _resume(self) -> None:
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
-
-    def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            connection, _address = self._listener.accept()
-        except OSError as error:
-            log.warning("cannot accept a connection to %s: %s", self._name, error.strerror)
-            loop.remove_reader(self._listener)
-            self._resuming = loop.call_later(_ACCEPT_PAUSE_S, self._resume)
-            return
-        connection.setblocking(False)
-        self._handle(connection)
-
-    def close(self) -> None:
-        """Accepts no more."""
-        if self._resuming is not None:
-            self._resuming.cancel()
-        asyncio.get_running_loop().remove_reader(self._listener)
-        self._listener.close()
 
 
 def _new_memory() -> int:
@@ -162,7 +74,7 @@ class InterfaceOffer:
         Raises:
             ResourceError: no socket can be had.
         """
-        listener = listen(self.path, self._allowed_uids, MAX_WAITING)
+        listener = listen(self.path, self._allowed_uids, MAX_CONNECTIONS)
         self._acceptor = Acceptor(listener, self.path.name, self._admit)
 
     @property
@@ -186,7 +98,7 @@ class InterfaceOffer:
 
     def _admit(self, connection: socket.socket) -> None:
         uid = peer_uid(connection)
-        if uid not in self._allowed_uids or len(self._waiting) + self.connected >= MAX_WAITING:
+        if uid not in self._allowed_uids or len(self._waiting) + self.connected >= MAX_CONNECTIONS:
             reason = "too many wait" if uid in self._allowed_uids else "not allowed"
             log.warning("refused a connection of uid %d to interface %s: %s", uid, self.path.name, reason)
             connection.close()
