@@ -135,9 +135,7 @@ class _Ours:
 
     def wake_all(self) -> None:
         """Leaves no vTPM without one."""
-        vms = self._sp.call(messages.ListVms())
-        assert isinstance(vms, messages.VmList)
-        for vm in vms.vms:
+        for vm in self._sp.vms():
             if vm.vtpm is not None and vm.vtpm.residency == "parked":
                 self._sp.call(messages.WakeVtpm(vm_id=vm.vm_id))
 

@@ -97,7 +97,7 @@ class Machine:
 
     def park_and_wake(self) -> None:
         """The interface goes through the messages of parking into a new worker's hands."""
-        message = parse_from_worker(encode(Parked(b"volatile", None, self._interface.snapshot())))
+        message = parse_from_worker(encode(Parked(b"volatile", self._interface.snapshot())))
         assert isinstance(message, Parked) and message.snapshot is not None, "parking keeps the snapshot"
         before = bytes(self.memory)
         self._construct(message.snapshot)

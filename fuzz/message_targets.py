@@ -34,7 +34,7 @@ _FROM_WORKER: Sequence[worker.FromWorker] = (
     worker.Ready(["no Landlock"]),
     worker.Refused(3, 1),
     worker.StillBusy(),
-    worker.Parked(b"volatile", None, _SNAPSHOT),
+    worker.Parked(b"volatile", _SNAPSHOT),
     worker.Off(),
     worker.Failed("it cannot go on"),
 )

@@ -73,9 +73,12 @@ class RunningSp:
 
     def vm(self, vm_id: uuid.UUID) -> messages.VmInfo:
         """The VM as the hypervisor sees it."""
-        reply = self.call(messages.ListVms())
-        assert isinstance(reply, messages.VmList)
-        return next(vm for vm in reply.vms if vm.vm_id == vm_id)
+        return next(vm for vm in self.vms() if vm.vm_id == vm_id)
+
+    def vms(self) -> list[messages.VmInfo]:
+        """All VMs as the hypervisor sees them."""
+        with SecureProcessorClient(self.socket) as client:
+            return client.list_vms()
 
     def key_path(self, vm_id: uuid.UUID) -> Path:
         """Where the VM's key lies."""

@@ -128,8 +128,10 @@ def test_json_output_parses(sp: RunningSp) -> None:
         assert json.loads(done("hypervisor", command, str(vm_id), *at))["vtpm"]["residency"] == residency
     assert json.loads(done("hypervisor", "start", str(vm_id), *at))["boots"] == 3
     assert json.loads(done("hypervisor", "destroy-vtpm", str(vm_id), *at))["vtpm"] is None
+    assert json.loads(done("hypervisor", "stop", str(vm_id), *at))["state"] == "stopped"
+    assert json.loads(done("hypervisor", "start", str(vm_id), *at))["vtpm"] is None
     assert json.loads(done("hypervisor", "create-vtpm", str(vm_id), *at))["vtpm"]["residency"] == "active"
-    assert str(vm_id) in {vm["vm_id"] for vm in json.loads(done("hypervisor", "list", *at))["vms"]}
+    assert str(vm_id) in {vm["vm_id"] for vm in json.loads(done("hypervisor", "list", *at))}
     assert json.loads(done("hypervisor", "decommission", str(vm_id), *at)) == {"type": "Done"}
 
 

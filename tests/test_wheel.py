@@ -128,10 +128,10 @@ def test_the_installed_package_runs_vtpms_far_from_the_repository(environment: P
     assert version in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_installed_command_makes_a_secure_processor(environment: Path, tmp_path: Path) -> None:
-    said = run(environment / "bin" / "spvtpm", "sp", "init", tmp_path / "sp", cwd=tmp_path)
-    assert f"made in {tmp_path / 'sp'}" in said
-    assert (tmp_path / "sp" / "nv.db").exists()
+def test_the_installed_command_makes_a_secure_processor(environment: Path, state_directory: Path) -> None:
+    said = run(environment / "bin" / "spvtpm", "sp", "init", state_directory, cwd=state_directory.parent)
+    assert f"made in {state_directory}" in said
+    assert (state_directory / "nv.db").exists()
 
 
 def test_the_installed_package_brings_its_pytest_fixture(environment: Path, tmp_path: Path) -> None:

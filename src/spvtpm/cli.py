@@ -244,12 +244,14 @@ def list_vms(*, sp: Sp, json: Json = False) -> None:
 
     Example: spvtpm hypervisor list --sp /var/lib/spvtpm/run/sp.sock --json
     """
-    reply = _call(sp, messages.ListVms())
-    assert isinstance(reply, messages.VmList)  # noqa: S101  # the answer that belongs to the request
+    from spvtpm.hypervisor.sp_client import SecureProcessorClient
+
+    with SecureProcessorClient(sp) as client:
+        vms = client.list_vms()
     if json:
-        _print_json(reply)
+        _print_json(vms)
     else:
-        _print_vms(reply.vms)
+        _print_vms(vms)
 
 
 # The guest

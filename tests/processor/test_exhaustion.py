@@ -7,7 +7,9 @@ import resource
 import signal
 import socket
 import uuid
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,7 @@ from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.hypervisor_port import MAX_CONNECTIONS
 from spvtpm.wire import messages
-from spvtpm.wire.errors import InterfaceError, NotFound, ResourceError, VmKeyError
+from spvtpm.wire.errors import InterfaceError, NotFound, ResourceError, SpvtpmError, VmKeyError, WrongState
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
 
@@ -124,3 +126,95 @@ def test_a_guest_always_learns_that_its_vtpm_died_whatever_the_moment(sp: Runnin
                 while True:  # the last answers may still come
                     tpm.checked(driver.transmit(tpm.get_random(8)))
         sp.info(messages.ResetVm(vm_id=vm_id))
+
+
+def block_and_fill(interface: InterfaceMemory) -> None:
+    """Makes the VM's doorbell one on which writing blocks: its holder shares its flags with the SP."""
+    doorbell = interface.descriptors.vm_doorbell
+    with suppress(BlockingIOError):
+        os.eventfd_read(doorbell)
+    os.eventfd_write(doorbell, (1 << 64) - 2)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_write(doorbell, 1)
+    os.set_blocking(doorbell, True)
+
+
+@pytest.mark.attack("A21")
+def test_a_holder_that_makes_its_doorbell_block_holds_up_nobody(sp: RunningSp) -> None:
+    hostile, neighbour = sp.launch(), sp.launch()
+    with sp.driver(neighbour) as other, sp.driver(hostile) as driver:
+        tpm.checked(other.transmit(tpm.startup()))
+        tpm.checked(driver.transmit(tpm.startup()))
+        block_and_fill(driver.interface)
+        sp.info(messages.StopVm(vm_id=hostile))
+        sp.info(messages.StartVm(vm_id=hostile))
+        tpm.checked(other.transmit(tpm.nv_define(0x01500001, 8)))
+    assert sp.stop() == 0
+
+
+@pytest.mark.attack("A13")
+@pytest.mark.attack("A30")
+def test_a_vtpm_destroyed_and_made_again_in_one_boot_would_be_a_pcr_reset_and_is_refused(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    sp.info(messages.DestroyVtpm(vm_id=vm_id))
+    with pytest.raises(WrongState, match="has lost a vTPM in this boot"):
+        sp.info(messages.CreateVtpm(vm_id=vm_id))
+    sp.info(messages.ResetVm(vm_id=vm_id))
+    assert sp.info(messages.CreateVtpm(vm_id=vm_id)).vtpm is not None
+
+
+@pytest.mark.attack("A13")
+def test_a_command_under_way_over_a_reset_ends_at_once(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    with sp.driver(vm_id) as driver, ThreadPoolExecutor(1) as pool:
+        tpm.checked(driver.transmit(tpm.startup()))
+        for unique in range(3):
+            long = pool.submit(driver.transmit, tpm.create_primary(tpm.rsa2048(unique=bytes([unique]) * 256)))
+            sp.info(messages.ResetVm(vm_id=vm_id))
+            with pytest.raises(SpvtpmError):
+                while True:
+                    tpm.checked(long.result(60))
+                    long = pool.submit(driver.transmit, tpm.get_random(8))
+
+
+@pytest.mark.attack("A21")
+def test_a_parked_vtpm_that_rings_while_the_zygote_is_started_again_is_woken_as_it_was(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    with sp.driver(vm_id) as driver:
+        tpm.checked(driver.transmit(tpm.startup()))
+        tpm.checked(driver.transmit(tpm.pcr_extend(16, bytes(range(32)))))
+        extended = tpm.pcr_in(driver.transmit(tpm.pcr_read(16)))
+        for _ in range(3):
+            sp.info(messages.ParkVtpm(vm_id=vm_id))
+            zygote = sp.workers()[0]
+            os.kill(zygote, signal.SIGKILL)
+            assert tpm.pcr_in(driver.transmit(tpm.pcr_read(16))) == extended
+
+
+@pytest.mark.attack("A16")
+def test_the_end_of_the_sp_amid_launches_wakes_and_parkings_is_orderly(state_directory: Path) -> None:
+    with RunningSp(state_directory, "park_after_s = 0.05\n") as sp:
+        vms = [sp.launch() for _ in range(6)]
+        for number in range(6):
+            if number:
+                sp.start()
+                for vm_id in vms:
+                    sp.info(messages.StartVm(vm_id=vm_id))
+            for vm_id in vms:
+                with sp.driver(vm_id) as driver:
+                    tpm.checked(driver.transmit(tpm.startup()))
+            extra = sp.new_vm()
+            with ThreadPoolExecutor(8) as pool:
+                for vm_id in vms:
+                    pool.submit(_ignoring, sp, messages.ParkVtpm(vm_id=vm_id))
+                    pool.submit(_ignoring, sp, messages.WakeVtpm(vm_id=vm_id))
+                pool.submit(_ignoring, sp, messages.LaunchVm(vm_id=extra))
+                assert sp.stop() == 0
+        assert "Traceback" not in sp.log()
+        assert "not shut down in order" not in sp.log()
+        assert "no orderly shutdown" not in sp.log()
+
+
+def _ignoring(sp: RunningSp, request: messages.Request) -> None:
+    with suppress(SpvtpmError):
+        sp.call(request)

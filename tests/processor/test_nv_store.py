@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import sqlite3
@@ -332,3 +333,18 @@ def test_a_file_system_without_room_loses_nothing(tmp_path: Path) -> None:
         _full_and_free_again(tmp_path / "nv.db", fill, ballast.unlink)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.attack("A21")
+def test_whoever_stops_waiting_for_a_commit_stops_nobody_elses(path: Path) -> None:
+    store = NvStore(path, ROOT_KEY)
+
+    async def give_up() -> None:
+        for number in range(50):
+            waiting = asyncio.wrap_future(store.commit([("vtpm/a", number.to_bytes(2, "big"))]))
+            waiting.cancel()
+
+    asyncio.run(give_up())
+    store.commit([("vtpm/b", b"state")]).result(60)
+    assert store.read("vtpm/a") == (49).to_bytes(2, "big")
+    store.close()

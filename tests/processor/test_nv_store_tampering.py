@@ -346,3 +346,28 @@ def test_a_record_of_an_earlier_life_of_its_name_is_refused(path: Path) -> None:
     with pytest.raises(IntegrityError, match="vtpm/a is version"):
         store.read("vtpm/a")
     store.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER swallow BEFORE INSERT ON records BEGIN SELECT RAISE(IGNORE); END",
+        "CREATE TABLE more (x)",
+        "CREATE VIEW records_too AS SELECT * FROM records",
+        "CREATE INDEX by_version ON records (version)",
+    ],
+)
+def test_a_schema_with_more_than_our_table_is_refused(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+
+    assert "its schema is not the one" in refused(path)
+
+
+def test_a_trigger_planted_under_an_open_store_loses_no_acknowledged_write(path: Path) -> None:
+    store = NvStore(path, ROOT_KEY)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TRIGGER swallow BEFORE INSERT ON records BEGIN SELECT RAISE(IGNORE); END")
+    with pytest.raises(StorageError):
+        store.commit([("vtpm/a", b"newer state")]).result()
+    store.close()

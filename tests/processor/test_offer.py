@@ -283,6 +283,8 @@ def test_interfaces_come_and_go_without_a_trace(sp: RunningSp) -> None:
             with sp.driver(vm_id) as driver:
                 tpm.checked(driver.transmit(tpm.startup()))
             sp.call(messages.DestroyVtpm(vm_id=vm_id))
+            sp.call(messages.StopVm(vm_id=vm_id))
+            sp.call(messages.StartVm(vm_id=vm_id))
         counts.append(descriptors() - without)
         sp.call(messages.DecommissionVm(vm_id=vm_id))
     assert sum(counts[1:]) <= 4, f"spare workers may come and go, interfaces must not stay: {counts}"

@@ -19,7 +19,6 @@ VTPMS = [uuid.UUID(int=number) for number in range(3)]
 states = st.builds(
     Parked,
     volatile=st.binary(min_size=1, max_size=100),
-    permanent=st.none() | st.binary(min_size=1, max_size=100),
     snapshot=st.none(),
 )
 
@@ -61,7 +60,7 @@ TestLot = Lot.TestCase
 @pytest.mark.attack("A30")
 def test_a_state_wakes_once() -> None:
     lot = ParkingLot()
-    lot.put(VTPMS[0], Parked(b"volatile", None, None))
+    lot.put(VTPMS[0], Parked(b"volatile", None))
     lot.take(VTPMS[0])
     with pytest.raises(KeyError):
         lot.take(VTPMS[0])
@@ -71,7 +70,7 @@ def test_a_state_wakes_once() -> None:
 @given(states)
 def test_a_kept_state_does_not_lie_in_memory_in_the_clear(state: Parked) -> None:
     lot = ParkingLot()
-    lot.put(VTPMS[0], Parked(SECRET + state.volatile, SECRET, None))
+    lot.put(VTPMS[0], Parked(SECRET + state.volatile, None))
     ((key, sealed),) = lot._kept.values()
     assert SECRET not in key + sealed
 
@@ -79,7 +78,7 @@ def test_a_kept_state_does_not_lie_in_memory_in_the_clear(state: Parked) -> None
 @pytest.mark.attack("A10")
 def test_a_state_altered_in_memory_or_another_vtpms_is_refused() -> None:
     lot = ParkingLot()
-    lot.put(VTPMS[0], Parked(b"volatile", b"permanent", None))
+    lot.put(VTPMS[0], Parked(b"volatile", None))
     key, sealed = lot._kept[VTPMS[0]]
     lot._kept[VTPMS[1]] = key, sealed
     with pytest.raises(IntegrityError, match=str(VTPMS[1])):

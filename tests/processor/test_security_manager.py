@@ -164,9 +164,9 @@ def test_of_many_commands_on_one_vm_at_once_one_is_carried_out(sp: RunningSp) ->
         (messages.ParkVtpm(vm_id=vm_id), WrongState),
         (messages.WakeVtpm(vm_id=vm_id), WrongState),
         (messages.DestroyVtpm(vm_id=vm_id), WrongState),
-        (messages.CreateVtpm(vm_id=vm_id), AlreadyExists),
         (messages.StopVm(vm_id=vm_id), WrongState),
         (messages.StartVm(vm_id=vm_id), WrongState),
+        (messages.CreateVtpm(vm_id=vm_id), AlreadyExists),
         (messages.DecommissionVm(vm_id=vm_id), NotFound),
     ]
     for request, refusal in steps:

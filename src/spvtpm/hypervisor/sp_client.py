@@ -10,7 +10,7 @@ from typing import Self
 
 from spvtpm.wire.errors import FrameError, NotRunning, PermissionRefused, ResourceError, error_from_code
 from spvtpm.wire.framing import FrameDecoder, encode_frame
-from spvtpm.wire.messages import ErrorReply, Reply, Request, encode_message, parse_reply
+from spvtpm.wire.messages import ErrorReply, ListVms, Reply, Request, VmInfo, VmList, encode_message, parse_reply
 
 _READ_BYTES = 1 << 16
 
@@ -55,6 +55,21 @@ class SecureProcessorClient:
         if isinstance(reply, ErrorReply):
             raise error_from_code(reply.code, reply.message)
         return reply
+
+    def list_vms(self) -> list[VmInfo]:
+        """All VMs by id, page after page.
+
+        Raises:
+            as `call`.
+        """
+        vms: list[VmInfo] = []
+        while True:
+            page = self.call(ListVms(after=vms[-1].vm_id if vms else None))
+            if not isinstance(page, VmList):
+                raise ResourceError("the secure processor gave another answer than a list")
+            vms += page.vms
+            if not page.more or not page.vms:
+                return vms
 
     def _receive(self) -> bytes:
         try:

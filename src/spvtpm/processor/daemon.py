@@ -141,7 +141,7 @@ class SecureProcessor:
         parking = asyncio.create_task(vtpms.park_idle_for_ever())
         cleanup.callback(parking.cancel)
         port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
-        cleanup.callback(port.close)
+        cleanup.push_async_callback(port.close)
         log.info("secure processor %s runs on %s", self._fuses.chip_id.hex(), self._state)
         on_ready(runtime / "sp.sock")
 
@@ -169,7 +169,7 @@ class SecureProcessor:
             case messages.WakeVtpm():
                 return await security.wake(request.vm_id)
             case messages.ListVms():
-                return messages.VmList(security.list())
+                return security.list(request.after)
             case messages.GetStatus():
                 vms, active, parked = security.residents()
                 return messages.Status(self._fuses.chip_id.hex(), version("spvtpm"), vms, active, parked, self._missing)
@@ -189,6 +189,8 @@ def _make_runtime(state: Path, allowed_uids: frozenset[int]) -> Path:
     mode = 0o711 if allowed_uids - {0, os.geteuid()} else 0o700
     try:
         runtime.mkdir(exist_ok=True)
+        if runtime.is_symlink() or runtime.stat().st_uid != os.geteuid():
+            raise StorageError(f"{runtime} is a link, or somebody else's")
         for left_behind in runtime.glob("*.sock"):
             left_behind.unlink()
         for directory in (state, runtime):

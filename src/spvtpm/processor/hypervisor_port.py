@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
 _MAX_SENTENCE = 2048
+_CLOSE_PATIENCE_S = 10.0
 
 Carry = Callable[[Request], Awaitable[Reply]]
 
@@ -38,7 +39,7 @@ class HypervisorPort:
         self._path = path
         self._allowed_uids = allowed_uids
         self._carry_out = carry_out
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._acceptor = Acceptor(listen(path, allowed_uids, MAX_CONNECTIONS), path.name, self._admit)
 
     def _admit(self, connection: socket.socket) -> None:
@@ -49,8 +50,8 @@ class HypervisorPort:
                 connection.send(encode_frame(encode_message(refusal)))
             return
         task = asyncio.get_running_loop().create_task(self._serve(connection))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections[task] = connection
+        task.add_done_callback(self._connections.pop)
 
     def _refusal(self, uid: int) -> ErrorReply | None:
         if uid not in self._allowed_uids:
@@ -80,9 +81,15 @@ class HypervisorPort:
             log.exception("a hypervisor request met a defect")
             return ErrorReply("internal", "the secure processor met a defect; its log says more")
 
-    def close(self) -> None:
-        """Takes no more requests."""
+    async def close(self) -> None:
+        """Takes no more requests; returns once those under way are carried out."""
         self._acceptor.close()
         self._path.unlink(missing_ok=True)
-        for task in list(self._connections):
-            task.cancel()
+        for connection in self._connections.values():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        if self._connections:
+            _done, late = await asyncio.wait(self._connections, timeout=_CLOSE_PATIENCE_S)
+            for task in late:  # its peer does not read the answer
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)

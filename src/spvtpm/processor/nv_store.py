@@ -38,14 +38,13 @@ _INDEX = "index/"
 _ROOT = "index/root"
 _SHARDS = tuple(f"{_INDEX}{number:02}" for number in range(INDEX_SHARDS))
 
-_SCHEMA = """
+_SCHEMA = """\
 CREATE TABLE records (
     name TEXT PRIMARY KEY NOT NULL,
     version INTEGER NOT NULL,
     salt BLOB NOT NULL,
     sealed BLOB NOT NULL
-) WITHOUT ROWID
-"""
+) WITHOUT ROWID"""
 _SALT_BYTES = 16
 _NONCE_BYTES = 12
 _VERSION = struct.Struct(">Q")
@@ -94,6 +93,7 @@ class _Sealer:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
     try:
+        connection.execute("PRAGMA trusted_schema=OFF")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA busy_timeout=5000")
         connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
@@ -101,6 +101,17 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _verify_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Nothing but our own table: no trigger that swallows writes, no view in its place.
+
+    Raises:
+        IntegrityError: there is something else.
+    """
+    found = connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+    if found != [("table", "records", _SCHEMA)]:
+        raise IntegrityError(f"the NV store {path} is damaged: its schema is not the one that it was made with")
 
 
 def _checked(rows: Iterable[tuple[object, object]]) -> dict[str, int]:
@@ -137,6 +148,7 @@ class NvStore:
             try:
                 self._reader = undo.enter_context(closing(_connect(path)))
                 self._writer = undo.enter_context(closing(_connect(path)))
+                _verify_schema(self._reader, path)
                 self._versions = _checked(self._reader.execute("SELECT name, version FROM records"))
                 self._reader.execute("PRAGMA journal_mode=WAL")
             except sqlite3.DatabaseError as error:
@@ -200,7 +212,7 @@ class NvStore:
 
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""
-        return sorted(name for name in self._versions if name.startswith(prefix))
+        return sorted(name for name in list(self._versions) if name.startswith(prefix))
 
     def read(self, name: str) -> bytes:
         """A record's content as last committed. For one thread, and not while a change of this record is under way.
@@ -230,6 +242,7 @@ class NvStore:
         The future raises `StorageError` when they are not; the store is then as it was.
         """
         future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # whoever stops waiting for it does not stop it
         self._queue.put((changes, future))
         return future
 
@@ -258,7 +271,7 @@ class NvStore:
     def _write_batch(self, batch: list[tuple[Sequence[Change], Future[None]]]) -> None:
         try:
             self._transact(change for changes, _future in batch for change in changes)
-        except (sqlite3.Error, OverflowError) as error:
+        except Exception as error:  # whatever it is: the thread that everyone waits for goes on
             if len(batch) > 1:
                 # One of them may be what does not fit: each gets its own chance.
                 for item in batch:
@@ -304,5 +317,6 @@ class NvStore:
             self._writer.execute("DELETE FROM records WHERE name = ?", (name,))
             return None
         row = (name, version, *self._sealer.seal(name, version, content))
-        self._writer.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", row)
+        if self._writer.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", row).rowcount != 1:
+            raise sqlite3.DatabaseError("the table does not take the record")
         return version

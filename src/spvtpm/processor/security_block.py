@@ -50,6 +50,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         boot_id: 16 random bytes, new at every boot; None while no boot is under way.
         boots: boots so far.
         vtpm_id: the one vTPM bound to this VM, if it has one.
+        lost_vtpm: whether a vTPM was destroyed in this boot: another one would be a PCR reset under a running guest.
     """
 
     vm_id: uuid.UUID
@@ -57,6 +58,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     boot_id: bytes | None = None
     boots: int = 0
     vtpm_id: uuid.UUID | None = None
+    lost_vtpm: bool = False
 
     @classmethod
     def launch(cls, vm_id: uuid.UUID) -> Self:
@@ -70,7 +72,9 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
             WrongState: it is not stopped.
         """
         self._require("start", VmState.STOPPED)
-        return msgspec.structs.replace(self, state=VmState.RUNNING, boot_id=os.urandom(16), boots=self.boots + 1)
+        return msgspec.structs.replace(
+            self, state=VmState.RUNNING, boot_id=os.urandom(16), boots=self.boots + 1, lost_vtpm=False
+        )
 
     def stop(self) -> Self:
         """The VM is powered off.
@@ -91,11 +95,13 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
 
         Raises:
             AlreadyExists: it has one.
-            WrongState: it is not running.
+            WrongState: it is not running, or has lost a vTPM in this boot.
         """
         if self.vtpm_id is not None:
             raise AlreadyExists(f"VM {self.vm_id} has a vTPM already: {self.vtpm_id}")
         self._require("create-vtpm", VmState.RUNNING)
+        if self.lost_vtpm:
+            raise WrongState(f"create-vtpm: VM {self.vm_id} has lost a vTPM in this boot; stop and start it first")
         return msgspec.structs.replace(self, vtpm_id=vtpm_id)
 
     def unbind(self) -> Self:
@@ -106,7 +112,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         """
         if self.vtpm_id is None:
             raise WrongState(f"VM {self.vm_id} has no vTPM")
-        return msgspec.structs.replace(self, vtpm_id=None)
+        return msgspec.structs.replace(self, vtpm_id=None, lost_vtpm=self.state is not VmState.STOPPED)
 
     def _require(self, command: str, *states: VmState) -> None:
         if self.state not in states:

@@ -16,7 +16,7 @@ from spvtpm.processor.vm_keys import VmKeys
 from spvtpm.processor.vtpm import VTPM_PREFIX, Residency, Vtpm, record_name
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError, SpvtpmError, WrongState
-from spvtpm.wire.messages import VmInfo, VtpmInfo
+from spvtpm.wire.messages import PAGE_VMS, VmInfo, VmList, VtpmInfo
 
 log = logging.getLogger(__name__)
 
@@ -277,9 +277,11 @@ class SecurityManager:
         connected = vtpm.interface is not None and vtpm.interface.connected
         return VtpmInfo(vtpm.vtpm_id, vtpm.residency.value, path, connected, vtpm.failure)
 
-    def list(self) -> list[VmInfo]:
-        """All VMs, ordered by id."""
-        return [self.info(vm_id) for vm_id in sorted([*self._blocks, *self._damaged])]
+    def list(self, after: uuid.UUID | None) -> VmList:
+        """A page of VMs, ordered by id: those after `after`."""
+        following = sorted(vm_id for vm_id in (*self._blocks, *self._damaged) if after is None or vm_id > after)
+        page = [self.info(vm_id) for vm_id in following[:PAGE_VMS]]
+        return VmList(page, more=len(following) > len(page))
 
     def residents(self) -> tuple[int, int, int]:
         """How many VMs there are, and how many active and parked vTPMs."""

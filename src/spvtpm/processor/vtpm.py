@@ -22,12 +22,15 @@ from spvtpm.processor.interfaces.offer import InterfaceOffer
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.worker.messages import DirectPort, FromWorker, Off, Park, Parked, PowerOff, Start, StillBusy
-from spvtpm.processor.worker_pool import WorkerPool
+from spvtpm.processor.worker_pool import Worker, WorkerPool
 from spvtpm.processor.worker_session import WorkerSession, misbehaviour
 from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import SpvtpmError, WorkerError, WrongState
 
 log = logging.getLogger(__name__)
+
+_WAKE_PAUSE_S = 0.5
+"""After a wake that failed for want of a worker, before the doorbell is looked at again."""
 
 _OUTAGE_PAUSE_S = 0.02
 """Rings at an interface that nobody serves are answered at most this often, so that a flood costs nothing."""
@@ -134,7 +137,9 @@ class Vtpm:
         self._boot = boot_id, boot_key
         port = DirectPort(self.vm_id.bytes, boot_id, boot_key)
         try:
-            await self._run_worker(Start(port, permanent), with_changes, self.interface.listen if fresh else _nothing)
+            worker = await self._services.pool.take(blank=permanent is None)
+            listen = self.interface.listen if fresh else _nothing
+            await self._run_worker(worker, Start(port, permanent), with_changes, listen)
         except SpvtpmError:
             if fresh:
                 self._release_interface()
@@ -177,17 +182,23 @@ class Vtpm:
         """
         async with self._lock:
             self._require(Residency.PARKED, "wake")
-            self._unwatch()
             await self._wake()
 
     async def _wake(self) -> None:
         assert self._boot is not None  # noqa: S101  # only a boot can be parked
+        self._unwatch()
         try:
+            worker = await self._services.pool.take(blank=False)
+        except WorkerError:  # it stays parked
+            asyncio.get_running_loop().call_later(_WAKE_PAUSE_S, self._watch_parked)
+            raise
+        try:
+            permanent = self._services.store.read(record_name(self.vtpm_id))
             parked = self._services.parking.take(self.vtpm_id)
-            permanent = parked.permanent or self._services.store.read(record_name(self.vtpm_id))
             port = DirectPort(self.vm_id.bytes, *self._boot, parked.snapshot)
-            await self._run_worker(Start(port, permanent, parked.volatile), [], _nothing)
+            await self._run_worker(worker, Start(port, permanent, parked.volatile), [], _nothing)
         except SpvtpmError as error:
+            worker.kill()
             # Its volatile state is spent: from here only a new boot leads on.
             await self._fail(str(error))
             raise
@@ -199,7 +210,6 @@ class Vtpm:
         """
         async with self._lock:
             if self.residency is Residency.PARKED:
-                self._unwatch()
                 try:
                     await self._wake()
                 except SpvtpmError as error:
@@ -249,9 +259,10 @@ class Vtpm:
 
     # The worker
 
-    async def _run_worker(self, start: Start, with_changes: Sequence[Change], meanwhile: Callable[[], None]) -> None:
+    async def _run_worker(
+        self, worker: Worker, start: Start, with_changes: Sequence[Change], meanwhile: Callable[[], None]
+    ) -> None:
         assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
-        worker = self._services.pool.take(blank=start.permanent is None)
         first_changes = list(with_changes)
 
         async def commit(permanent: bytes) -> None:
@@ -291,9 +302,8 @@ class Vtpm:
         log.error("vTPM %s of VM %s failed: %s", self.vtpm_id, self.vm_id, reason)
         await self._dismiss(Residency.FAILED)
         self.failure = reason
-        self._watch(self._answer_outage)
-        self._answer_outage()
         self._on_failure()
+        self._answer_outage()
 
     # The doorbell while no worker listens to it
 
@@ -317,14 +327,21 @@ class Vtpm:
                 except SpvtpmError as error:
                     log.error("vTPM %s cannot be woken: %s", self.vtpm_id, error)
 
+    def _watch_parked(self) -> None:
+        if self.residency is Residency.PARKED and self.interface is not None and not self._lock.locked():
+            self._watch(self._wake_on_ring)
+
     def _answer_outage(self) -> None:
         if self.interface is None:
             return
-        self.interface.drain_doorbell()
-        with self.interface.map() as memory:
-            publish_outage(memory, AttachError.TPM_FAILED)
-        self.interface.ring_vm()
         self._unwatch()
+        try:
+            self.interface.drain_doorbell()
+            with self.interface.map() as memory:
+                publish_outage(memory, AttachError.TPM_FAILED)
+            self.interface.ring_vm()
+        except OSError as error:  # nothing to map or ring with; tried again at the next ring
+            log.error("vTPM %s: its VM cannot be told that it failed: %s", self.vtpm_id, error.strerror)
         asyncio.get_running_loop().call_later(_OUTAGE_PAUSE_S, self._watch_outage)
 
     def _watch_outage(self) -> None:

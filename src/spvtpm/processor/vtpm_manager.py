@@ -6,9 +6,10 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.vtpm import Residency, Vtpm, VtpmServices, record_name
@@ -17,6 +18,8 @@ from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
 log = logging.getLogger(__name__)
 
 _AT_A_TIME = 32
+_SHUTDOWN_S = 10.0
+"""Longer than a command that runs long takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class VtpmManager:
         self._services = services
         self._park_after_s = park_after_s
         self._vtpms: dict[uuid.UUID, Vtpm] = {}
+        self._parking: dict[uuid.UUID, asyncio.Task[None]] = {}
+        self._room = asyncio.Semaphore(_AT_A_TIME)
 
     def get(self, vtpm_id: uuid.UUID) -> Vtpm:
         """The vTPM.
@@ -107,34 +112,37 @@ class VtpmManager:
         del self._vtpms[vtpm_id]
 
     async def park_idle_for_ever(self) -> None:
-        """Parks what is idle, until cancelled."""
+        """Parks what is idle, until cancelled. One that hangs keeps no other waiting, nor the next round."""
         while True:
             await asyncio.sleep(self._park_after_s)
-            await self._with_each(self._park_idle)
+            for vtpm in list(self._vtpms.values()):
+                if vtpm.residency is Residency.ACTIVE and vtpm.vtpm_id not in self._parking:
+                    task = self._parking[vtpm.vtpm_id] = asyncio.create_task(self._park_idle(vtpm))
+                    task.add_done_callback(partial(self._parked, vtpm.vtpm_id))
 
-    @staticmethod
-    async def _park_idle(vtpm: Vtpm) -> None:
-        if vtpm.residency is Residency.ACTIVE:
-            with suppress(SpvtpmError):  # what happened to it meanwhile is logged where it happened
+    def _parked(self, vtpm_id: uuid.UUID, _task: asyncio.Task[None]) -> None:
+        del self._parking[vtpm_id]
+
+    async def _park_idle(self, vtpm: Vtpm) -> None:
+        async with self._room:
+            try:
                 await vtpm.park(only_if_idle=True)
+            except SpvtpmError:
+                return  # what happened to it meanwhile is logged where it happened
 
     async def close(self) -> None:
-        """Shuts every vTPM down in order and gives its interface back."""
+        """Shuts every vTPM down in order and gives its interface back; one that takes too long is cut off."""
+        vtpms = list(self._vtpms.values())
+        for outcome in await asyncio.gather(*map(self._end, vtpms), return_exceptions=True):
+            if outcome is not None:
+                log.error("a vTPM was not shut down in order: %r", outcome)
 
-        async def end(vtpm: Vtpm) -> None:
-            await vtpm.power_off()
-            await vtpm.release()
-
-        await self._with_each(end)
-
-    async def _with_each(self, act: Callable[[Vtpm], Coroutine[None, None, None]]) -> None:
-        """Acts on all vTPMs, some side by side: one that hangs keeps no other waiting."""
-        room = asyncio.Semaphore(_AT_A_TIME)
-
-        async def act_in_turn(vtpm: Vtpm) -> None:
-            async with room:
-                await act(vtpm)
-
-        async with asyncio.TaskGroup() as group:
-            for vtpm in list(self._vtpms.values()):
-                group.create_task(act_in_turn(vtpm))
+    async def _end(self, vtpm: Vtpm) -> None:
+        async with self._room:
+            try:
+                async with asyncio.timeout(_SHUTDOWN_S):
+                    await vtpm.power_off()
+                    await vtpm.release()
+            except TimeoutError:
+                log.error("vTPM %s does not shut down in order: cut off", vtpm.vtpm_id)
+                await vtpm.abandon()

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 12
 _REFILL_PAUSE_S = 0.01
+_RESTART_PAUSE_S = 0.1
+_RESTART_PATIENCE_S = 10.0
 
 
 class Worker:
@@ -103,6 +105,8 @@ class WorkerPool:
         self._workers: dict[int, Worker] = {}
         self._link: ZygoteLink | None = None
         self._refilling: asyncio.TimerHandle | None = None
+        self._opened = asyncio.Event()
+        self._restarting: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Starts the zygote.
@@ -110,11 +114,15 @@ class WorkerPool:
         Raises:
             WorkerError: it does not start.
         """
-        link = ZygoteLink()
-        await asyncio.to_thread(link.wait_ready)
+        try:
+            link = ZygoteLink()
+            await asyncio.to_thread(link.wait_ready)
+        except OSError as error:
+            raise WorkerError(f"the worker zygote does not start: {error.strerror}") from None
         self.note_missing(link.missing)
         link.set_blocking(False)
         self._link = link
+        self._opened.set()
         asyncio.get_running_loop().add_reader(link.fileno(), self._on_exit)
         self._refill()
 
@@ -146,8 +154,8 @@ class WorkerPool:
         self._workers[tag] = worker
         return worker
 
-    def take(self, *, blank: bool) -> Worker:
-        """A confined worker that waits for its `Start`.
+    async def take(self, *, blank: bool) -> Worker:
+        """A confined worker that waits for its `Start`; waits a while for a zygote that is being started again.
 
         Args:
             blank: it will manufacture a TPM, or has done so already.
@@ -155,6 +163,8 @@ class WorkerPool:
         Raises:
             WorkerError: none can be had now.
         """
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._opened.wait(), _RESTART_PATIENCE_S)
         spare = self._spare[blank]
         while spare:
             worker = spare.pop(0)
@@ -182,8 +192,8 @@ class WorkerPool:
         link, self._link = self._link, None
         if link is None:
             return
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(link.fileno())
+        self._opened.clear()
+        asyncio.get_running_loop().remove_reader(link.fileno())
         link.close()
         log.error("the worker zygote died; it is started again")
         for worker in self._workers.values():
@@ -192,10 +202,23 @@ class WorkerPool:
         self._workers.clear()
         for spare in self._spare.values():
             spare.clear()
-        self._restart = loop.create_task(self.open())
+        self._restarting = asyncio.create_task(self._restart())
+
+    async def _restart(self) -> None:
+        pause_s = _RESTART_PAUSE_S
+        while True:
+            try:
+                await self.open()
+                return
+            except WorkerError as error:
+                log.error("the worker zygote could not be started again: %s; next try in %.1f s", error, pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _RESTART_PATIENCE_S)
 
     def close(self) -> None:
         """Ends the zygote and every worker."""
+        if self._restarting is not None:
+            self._restarting.cancel()
         if self._link is not None:
             asyncio.get_running_loop().remove_reader(self._link.fileno())
             self._link.close()

@@ -19,7 +19,7 @@ from spvtpm.processor.worker.messages import (
 )
 from spvtpm.processor.worker_pool import Worker
 from spvtpm.wire.crb import AttachError
-from spvtpm.wire.errors import PeerError, StorageError, WorkerError
+from spvtpm.wire.errors import MessageError, PeerError, StorageError, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,9 @@ class WorkerSession:
         self._name = name
         self._commit = commit
         self._on_end = on_end
-        self._replies: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+        self._awaited: asyncio.Future[FromWorker] | None = None
+        self._refused = 0
+        self._over: WorkerError | None = None
         self._conversation = asyncio.create_task(self._converse())
 
     async def start(self, start: Start, descriptors: Sequence[int], meanwhile: Callable[[], None]) -> Ready:
@@ -69,9 +71,10 @@ class WorkerSession:
             WorkerError: it died, or cannot; `end()` it.
             Exception: from `meanwhile`; `end()` the worker too.
         """
+        replied = self._expect()
         await self._worker.start(start, descriptors)
         meanwhile()
-        reply = await self._reply()
+        reply = await self._reply(replied)
         if not isinstance(reply, Ready):
             raise misbehaviour(self._name, reply)
         return reply
@@ -82,17 +85,24 @@ class WorkerSession:
         Raises:
             WorkerError: it died, or does not answer; `end()` it.
         """
+        replied = self._expect()
         await self._worker.send(order)
-        return await self._reply()
+        return await self._reply(replied)
 
-    async def _reply(self) -> FromWorker:
+    def _expect(self) -> asyncio.Future[FromWorker]:
+        """The reply to what is said next; raises if there is nobody to say it to."""
+        if self._over is not None:
+            raise self._over
+        self._awaited = asyncio.get_running_loop().create_future()
+        return self._awaited
+
+    async def _reply(self, replied: asyncio.Future[FromWorker]) -> FromWorker:
         try:
-            reply = await asyncio.wait_for(self._replies.get(), _REPLY_TIMEOUT_S)
+            return await asyncio.wait_for(replied, _REPLY_TIMEOUT_S)
         except TimeoutError:
             raise WorkerError(f"the worker of {self._name} did not answer") from None
-        if reply is None:
-            raise WorkerError(f"the worker of {self._name} died{await self._epitaph()}")
-        return reply
+        finally:
+            self._awaited = None
 
     async def end(self) -> None:
         """Ends the worker at once; its state is elsewhere, or not wanted."""
@@ -106,21 +116,38 @@ class WorkerSession:
         reason = ""
         try:
             async for message in self._worker.receive():
-                if isinstance(message, Commit):
-                    await self._worker.send(await self._committed(message))
-                elif isinstance(message, Refused):
-                    error = AttachError(message.error).name
-                    log.warning("%s: refused %d frames so far, the last one: %s", self._name, message.count, error)
-                else:
-                    reason = message.reason if isinstance(message, Failed) else reason
-                    self._replies.put_nowait(message)
+                reason = message.reason if isinstance(message, Failed) else reason
+                await self._hear(message)
         except (PeerError, ValueError) as error:
             reason = f"the worker broke the protocol: {error}"
             self._worker.kill()
         except WorkerError:
             pass
-        self._replies.put_nowait(None)
-        self._obituary = asyncio.create_task(self._on_end(reason or f"the worker died{await self._epitaph()}"))
+        reason = reason or f"the worker died{await self._epitaph()}"
+        self._over = WorkerError(f"{self._name}: {reason}")
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_exception(self._over)
+        self._obituary = asyncio.create_task(self._on_end(reason))
+
+    async def _hear(self, message: FromWorker) -> None:
+        """One message. A worker that speaks out of turn is not to be believed; one that speaks on and on waits for the others.
+
+        Raises:
+            MessageError: it has no business to say this now.
+        """
+        if isinstance(message, Commit):
+            await self._worker.send(await self._committed(message))
+        elif isinstance(message, Refused):
+            if message.count < 2 * self._refused:
+                raise MessageError("it counts refused frames wrongly")
+            self._refused = message.count
+            error = AttachError(message.error).name
+            log.warning("%s: refused %d frames so far, the last one: %s", self._name, message.count, error)
+        elif self._awaited is None or self._awaited.done():
+            raise MessageError(f"it said {type(message).__name__} out of turn")
+        else:
+            self._awaited.set_result(message)
+        await asyncio.sleep(0)
 
     async def _committed(self, message: Commit) -> Committed:
         try:

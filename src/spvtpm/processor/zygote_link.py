@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 from spvtpm.processor.worker.zygote import EXIT, EXITED, FORK, FORK_BLANK, KILL, MAX_MESSAGE_BYTES, READY, TAG
 from spvtpm.wire.errors import WorkerError
+
+_PATIENCE_MS = 1000
 
 
 class WorkerExit(NamedTuple):
@@ -92,6 +96,12 @@ class ZygoteLink:
         """Kills a worker; nothing happens if it has ended."""
         try:
             self._socket.send(TAG.pack(KILL, tag))
+        except BlockingIOError:  # it has more to do than it can take in
+            poll = select.poll()
+            poll.register(self._socket, select.POLLOUT)
+            poll.poll(_PATIENCE_MS)
+            with suppress(OSError):
+                self._socket.send(TAG.pack(KILL, tag))
         except OSError:
             return  # the zygote is gone, and with it all workers
 

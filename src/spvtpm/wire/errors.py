@@ -47,11 +47,53 @@ class MailboxError(PeerError):
     hint = "The memory between VM and vTPM was altered, or the VM uses another VM key than the secure processor."
 
 
+class InstanceFileError(PeerError):
+    """It is no instance file, or holds what no instance file may hold."""
+
+    code = "bad-instance-file"
+    hint = "Give the file as it was exported; an authentic file that is malformed is a defect of what exported it."
+
+
+class InstanceFormatUnknown(InstanceFileError):
+    """An instance file of a format version that this side does not know."""
+
+    code = "instance-format"
+    hint = "Use a release of spvtpm that knows this version; no version is ever converted or guessed."
+
+
+class InstanceDamaged(InstanceFileError):
+    """The keys are right, and the instance file is not what was exported under them."""
+
+    code = "instance-damaged"
+    hint = "The file was altered after its export. Take another copy of it; nothing was restored."
+
+
+class InstanceTruncated(InstanceFileError):
+    """The instance file ends before its last byte."""
+
+    code = "instance-truncated"
+    hint = "Fetch or copy the file again, whole; nothing was restored."
+
+
+class InstanceOverlong(InstanceFileError):
+    """Bytes follow the last one that belongs to the instance file."""
+
+    code = "instance-overlong"
+    hint = "Give the file alone, with nothing behind it; nothing was restored."
+
+
 class InterfaceError(PeerError):
     """The vTPM interface did not behave as the specification says, or is gone."""
 
     code = "interface"
     hint = "Start the client again; if that does not help, restart the VM. The VM's host sees more in `spvtpm hypervisor list`."
+
+
+class CertificateError(PeerError):
+    """A certificate, a chain or a revocation list is malformed, or not exactly as its profile says."""
+
+    code = "bad-certificate"
+    hint = "Ask for the chain again; if it stays like that, the other side is no secure processor of this kind."
 
 
 class PolicyError(SpvtpmError):
@@ -75,6 +117,13 @@ class NotFound(PolicyError):
     hint = "List what exists with `spvtpm hypervisor list`."
 
 
+class ChipUnknown(PolicyError):
+    """The vendor has made no chip of this id."""
+
+    code = "unknown-chip"
+    hint = "The directory `chips` of the vendor has the certificate of each chip, named after its id."
+
+
 class AlreadyExists(PolicyError):
     """The VM, vTPM or file exists already."""
 
@@ -87,6 +136,15 @@ class AlreadyInitialised(AlreadyExists):
 
     code = "initialised"
     hint = "Run the one that is there, or give another directory. Removing it destroys every vTPM in it."
+
+
+class WrongInstanceKeys(PolicyError):
+    """The instance file was sealed under another `UserSecret` or `SpSecret` than those at hand."""
+
+    code = "instance-keys"
+    hint = (
+        "Use the secret of the user who exported the file, and a secure processor of the fleet that its header names."
+    )
 
 
 class WrongState(PolicyError):
@@ -108,6 +166,64 @@ class NoSecureProcessor(PolicyError):
 
     code = "no-sp"
     hint = "`spvtpm sp init DIR` makes a secure processor in an empty or missing directory with a short path."
+
+
+class CertificateRefused(PolicyError):
+    """A certificate is well formed, but does not show what it has to show here."""
+
+    code = "certificate-refused"
+    hint = "Send this secure processor no secret: it is not what it was taken for."
+
+
+class UntrustedIssuer(CertificateRefused):
+    """The chain of signatures does not lead to a trusted vendor."""
+
+    code = "untrusted-issuer"
+    hint = "Compare the vendor's root certificate with the vendor's own publication, then trust it or leave."
+
+
+class CertificateExpired(CertificateRefused):
+    """A certificate is not valid yet, or not any more."""
+
+    code = "certificate-expired"
+    hint = (
+        "Check this machine's clock. A secure processor renews its channel certificate; the vendor renews the others."
+    )
+
+
+class CertificateRevoked(CertificateRefused):
+    """The vendor has revoked the chip."""
+
+    code = "certificate-revoked"
+    hint = "Send this chip no secret; ask the vendor why it was revoked."
+
+
+class RevocationUnknown(CertificateRefused):
+    """The revocation list does not tell whether the chip is revoked: too old, or not of the chip's vendor."""
+
+    code = "revocation-unknown"
+    hint = "Get the vendor's newest revocation list; a platform that withholds it may have a reason."
+
+
+class ChipNotAllowed(CertificateRefused):
+    """A genuine chip, but not one that was asked for: another chip or fleet, or a feature missing."""
+
+    code = "chip-not-allowed"
+    hint = "Use a host whose chip meets the policy, or change the policy."
+
+
+class FirmwareTooOld(CertificateRefused):
+    """The chip runs firmware older than the policy allows."""
+
+    code = "firmware-too-old"
+    hint = "Have the host's firmware updated, or use another host."
+
+
+class GenerationError(PolicyError):
+    """A generation of the `SpSecret` that cannot be derived here."""
+
+    code = "generation"
+    hint = "A chip opens files of its own generation and of older ones. Update it, or use one that is newer."
 
 
 class UsageError(PolicyError):
@@ -150,6 +266,20 @@ class ConfigError(StorageError):
 
     code = "config"
     hint = "Correct the file. Every key may be left out; `spvtpm sp init` writes a file that names them all."
+
+
+class ChipFileError(StorageError):
+    """The file that holds a manufactured chip's secrets is missing, damaged or readable by others."""
+
+    code = "chip-file"
+    hint = "Restore the chip file with mode 0600. It is made once, by the vendor, and never again."
+
+
+class VendorError(StorageError):
+    """The vendor's directory is missing, damaged or readable by others."""
+
+    code = "vendor"
+    hint = "Restore the vendor's directory from its backup; its private files need mode 0600."
 
 
 class VmKeyError(StorageError):

@@ -21,6 +21,9 @@ _VERSION_BYTE = bytes([VERSION])
 MAX_REQUEST_BYTES = 4096
 """A hypervisor's request is small; the bound keeps what an unread connection can hold small too."""
 
+PAGE_VMS = 128
+"""VMs in one answer; each takes at most some 7 KiB."""
+
 Sentence = Annotated[str, Meta(max_length=2048)]
 Code = Annotated[str, Meta(max_length=64)]
 
@@ -85,7 +88,9 @@ class WakeVtpm(_Request, frozen=True):
 
 
 class ListVms(_Request, frozen=True):
-    """All VMs. → `VmList`."""
+    """The VMs by id, a page at a time: those after `after`. → `VmList`."""
+
+    after: uuid.UUID | None = None
 
 
 class GetStatus(_Request, frozen=True):
@@ -142,9 +147,15 @@ class VmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
 
 class VmList(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """All VMs, ordered by id."""
+    """A page of VMs, ordered by id.
 
-    vms: list[VmInfo]
+    Attributes:
+        vms: at most `PAGE_VMS`.
+        more: whether others follow.
+    """
+
+    vms: Annotated[list[VmInfo], Meta(max_length=PAGE_VMS)]
+    more: bool = False
 
 
 class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):

@@ -55,6 +55,7 @@ struct direct_interface {
 
     uint64_t executed;
     uint64_t refused;
+    int64_t look_after; /* when to look for orders of the SP again, though the VM never pauses */
 
     /* The command under way. */
     uint64_t response_address;
@@ -265,7 +266,6 @@ static enum direct_event direct_serve(struct direct_interface *interface, int co
 {
     struct pollfd waits[] = {{.fd = interface->sp_doorbell, .events = POLLIN}, {.fd = control, .events = POLLIN}};
     int64_t sleep_after = 0;
-    int64_t look_after = 0;
 
     for (;;) {
         enum direct_event event = direct_service(interface, hold);
@@ -275,11 +275,11 @@ static enum direct_event direct_serve(struct direct_interface *interface, int co
             return event;
         if (event == DIRECT_SERVED) {
             sleep_after = now + DIRECT_SPIN_NS;
-            if (now < look_after)
+            if (now < interface->look_after)
                 continue;
-            if (look_after != 0 && direct_is_readable(control))
+            interface->look_after = now + DIRECT_CONTROL_NS;
+            if (direct_is_readable(control))
                 return direct_turn_to_control(interface, hold);
-            look_after = now + DIRECT_CONTROL_NS;
         } else if (now < sleep_after) {
             sched_yield();
         } else if (poll(waits, 2, -1) > 0) {

@@ -5,6 +5,8 @@ The work is done by `direct.h`; this gives it its memory and keys, and hands out
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from enum import IntEnum
 from mmap import mmap
 from typing import Final, Literal, NamedTuple
@@ -74,6 +76,10 @@ class DirectInterface:
             raise TpmFailedError("the kernel gives no random numbers")
         else:
             publish_power_on(memory, port.vm_id, port.boot_id, bytes(interface.sp_nonce))
+            with suppress(BlockingIOError):
+                os.eventfd_write(
+                    doorbells[1], 1
+                )  # whoever waits for an answer of the boot before learns that it is over
 
     def _restore(self, snapshot: InterfaceSnapshot) -> None:
         interface = self._interface

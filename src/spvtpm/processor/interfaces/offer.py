@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import socket
+import threading
 from collections import deque
 from contextlib import suppress
 from mmap import mmap
@@ -49,6 +50,12 @@ def _new_offer() -> Offer:
     return Offer(*made)
 
 
+def _ring_and_close(doorbell: int) -> None:
+    with suppress(BlockingIOError):
+        os.eventfd_write(doorbell, 1)
+    os.close(doorbell)
+
+
 class InterfaceOffer:
     """One vTPM's interface. Life: construct (allocates) → `listen()` → `close()`.
 
@@ -65,6 +72,7 @@ class InterfaceOffer:
         self._allowed_uids = allowed_uids
         self._holder: socket.socket | None = None
         self._waiting: deque[socket.socket] = deque()
+        self._ringing: threading.Thread | None = None
         self._acceptor: Acceptor | None = None
         self.offer = _new_offer()
 
@@ -86,15 +94,20 @@ class InterfaceOffer:
         """The interface's memory, for the short moments in which the SP itself writes registers."""
         return mmap(self.offer.memory, crb.MEMORY_BYTES)
 
+    # Whoever has been given the doorbells shares their flags, and can make reading and writing them block. The event loop
+    # must not be held up by that.
+
     def ring_vm(self) -> None:
-        """Rings the VM's doorbell."""
-        with suppress(BlockingIOError):
-            os.eventfd_write(self.offer.vm_doorbell, 1)
+        """Rings the VM's doorbell; one that blocks blocks a thread of its own, and no other is begun meanwhile."""
+        if self._ringing is None or not self._ringing.is_alive():
+            doorbell = os.dup(self.offer.vm_doorbell)
+            self._ringing = threading.Thread(target=_ring_and_close, args=(doorbell,), daemon=True)
+            self._ringing.start()
 
     def drain_doorbell(self) -> None:
         """Takes the VM's rings."""
         with suppress(BlockingIOError):
-            os.eventfd_read(self.offer.sp_doorbell)
+            os.preadv(self.offer.sp_doorbell, [bytearray(8)], -1, os.RWF_NOWAIT)
 
     def _admit(self, connection: socket.socket) -> None:
         uid = peer_uid(connection)

@@ -20,6 +20,9 @@ MAX_PERMANENT_BYTES = 256 * 1024
 MAX_VOLATILE_BYTES = 64 * 1024
 """Bound of a volatile state; about 10 KiB with all session slots in use."""
 
+Line = Annotated[str, Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+"""A sentence for the log, on one line."""
+
 Permanent = Annotated[bytes, Meta(min_length=1, max_length=MAX_PERMANENT_BYTES)]
 Volatile = Annotated[bytes, Meta(min_length=1, max_length=MAX_VOLATILE_BYTES)]
 Id16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -113,7 +116,7 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         missing: sentences naming each sandbox layer that this kernel does not give.
     """
 
-    missing: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] = []
+    missing: Annotated[list[Line], Meta(max_length=16)] = []
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -136,13 +139,11 @@ class Parked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Answer to `Park`; the worker's last words.
 
     Attributes:
-        volatile: the TPM's volatile state, packed.
-        permanent: its permanent state where it differs from the last one committed.
+        volatile: the TPM's volatile state, packed; it fits the permanent state that was committed last.
         snapshot: the interface.
     """
 
     volatile: Volatile
-    permanent: Permanent | None
     snapshot: InterfaceSnapshot | None
 
 
@@ -157,7 +158,7 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         reason: a public sentence.
     """
 
-    reason: Annotated[str, Meta(max_length=1024)]
+    reason: Line
 
 
 ToWorker = Start | Committed | Park | PowerOff

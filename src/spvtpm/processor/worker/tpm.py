@@ -114,11 +114,15 @@ class WorkerTpm:
         """Takes the power away."""
         self._engine.close()
 
-    def take_state(self) -> tuple[bytes, bytes | None]:
-        """Volatile state as `Start` takes it, and the permanent state where it differs from the durable one."""
-        permanent = self._engine.permanent_state()
-        packed = zlib.compress(self._engine.volatile_state(), _LEVEL)
-        return packed, None if permanent == self._durable else permanent
+    def take_state(self) -> bytes:
+        """Volatile state as `Start` takes it; it fits the permanent state that is durable.
+
+        Raises:
+            StorageError: that is not durable.
+        """
+        self._latest = self._engine.permanent_state()
+        self.make_durable()
+        return zlib.compress(self._engine.volatile_state(), _LEVEL)
 
     def shut_down(self) -> None:
         """Orderly shutdown, so that the next start finds no sign of a power cut (and no dictionary attack penalty).

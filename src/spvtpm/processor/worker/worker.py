@@ -13,7 +13,7 @@ from spvtpm.processor.worker.control import Control, SecureProcessorGoneError
 from spvtpm.processor.worker.messages import Failed, Off, Park, Parked, PowerOff, Ready, Start, StillBusy, ToWorker
 from spvtpm.processor.worker.ports import CrbPort, PacketPort, Port
 from spvtpm.processor.worker.tpm import WorkerTpm
-from spvtpm.wire.errors import MessageError, SpvtpmError
+from spvtpm.wire.errors import MessageError, SpvtpmError, StorageError
 
 
 def run(connection: socket.socket, missing: list[str], *, blank: bool) -> None:
@@ -36,7 +36,7 @@ def run(connection: socket.socket, missing: list[str], *, blank: bool) -> None:
                 cleanup.callback(os.close, descriptor)
             _Worker(control, tpm, descriptors).run(missing)
         except (SpvtpmError, EngineError, TpmFailedError) as error:
-            control.send(Failed(str(error)[:1024]))
+            control.send(Failed(" ".join(str(error).split())[:1024]))
 
 
 class _Worker:
@@ -78,9 +78,13 @@ class _Worker:
         executed = self._port.executed
         idle = executed == self._seen_executed
         self._seen_executed = executed
-        if self._tpm.waits_for_storage or (order.only_if_idle and not idle):
+        if order.only_if_idle and not idle:
             self._control.send(StillBusy())
             return False
-        volatile, permanent = self._tpm.take_state()
-        self._control.send(Parked(volatile, permanent, self._port.snapshot()))
+        try:
+            volatile = self._tpm.take_state()
+        except StorageError:
+            self._control.send(StillBusy())
+            return False
+        self._control.send(Parked(volatile, self._port.snapshot()))
         return True

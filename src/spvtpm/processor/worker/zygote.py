@@ -50,8 +50,8 @@ class Zygote:
         self._sandbox = sandbox
         self._missing = missing
         self._tags: dict[int, int] = {}
-        self._wakeup, child_ended = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(child_ended, warn_on_full_buffer=False)
+        self._wakeup, self._child_ended = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._child_ended, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 
     def run(self) -> None:
@@ -97,6 +97,7 @@ class Zygote:
     def _become_worker(self, zygote: int, descriptor: int, *, blank: bool) -> None:
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)
+        os.close(self._child_ended)
         self._link.close()
         missing = self._missing + self._sandbox.confine(expected_parent=zygote)
         worker.run(socket.socket(fileno=descriptor), missing, blank=blank)
