@@ -12,7 +12,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-8s %s\n", $$1, $$2 }'
 
 demo: ## the main job, played before you (the same as ./demo)
-	@./demo $(ARGS)
+	@./demo
 
 test: ## all tests (the same as ./test); ARGS="-k replayed" goes to pytest
 	@./test $(ARGS)

@@ -35,7 +35,9 @@ def _counts(text: str) -> list[int]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="spvtpm and the system's swtpm, side by side"
+        prog="python -m benchmarks",
+        description="spvtpm and the system's swtpm, side by side. Needs root, to weigh other users' processes.",
+        epilog="Exit codes: 0 all targets reached; 1 one was not; 2 cannot measure here. Example: make bench ARGS=--quick",
     )
     parser.add_argument("--quick", action="store_true", help="fewer samples: about half a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")

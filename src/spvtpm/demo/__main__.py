@@ -1,10 +1,12 @@
 """Runs the demo.
 
-Exit codes: 0 everything was shown; 1 something was not; 4 a program or library is missing; 130 interrupted.
+Exit codes: 0 everything was shown; 1 something was not; 2 it takes no arguments; 4 a program or library is missing;
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import shutil
 import signal
@@ -90,6 +92,9 @@ def _ignore_signals() -> None:
 
 def main() -> int:
     """Entry point; returns the exit code."""
+    argparse.ArgumentParser(
+        prog="demo", description="The main job, played with real processes in a temporary directory."
+    ).parse_args()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ shows ?
     missing = missing_packages()
