@@ -22,6 +22,7 @@ from spvtpm.wire import messages
 from spvtpm.wire.errors import InterfaceError, NotFound, ResourceError, SpvtpmError, VmKeyError, WrongState
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
+from tests.processor.processes import wait_until
 
 
 @pytest.mark.attack("A23")
@@ -218,3 +219,20 @@ def test_the_end_of_the_sp_amid_launches_wakes_and_parkings_is_orderly(state_dir
 def _ignoring(sp: RunningSp, request: messages.Request) -> None:
     with suppress(SpvtpmError):
         sp.call(request)
+
+
+@pytest.mark.attack("A22")
+def test_a_worker_that_hangs_keeps_neither_the_parking_nor_the_end_of_the_others(state_directory: Path) -> None:
+    with RunningSp(state_directory, "park_after_s = 0.05\n") as sp:
+        hanging, others = sp.launch(), [sp.launch() for _ in range(3)]
+        with sp.driver(hanging) as driver:
+            tpm.checked(driver.transmit(tpm.startup()))
+            os.kill(sp.worker_of(driver.interface), signal.SIGSTOP)
+            wait_until(lambda: all(_residency(sp, vm_id) == "parked" for vm_id in others))
+            assert sp.stop() == 0
+        assert sp.log().count("cut off") == 1
+
+
+def _residency(sp: RunningSp, vm_id: uuid.UUID) -> str:
+    vtpm = sp.vm(vm_id).vtpm
+    return "" if vtpm is None else vtpm.residency

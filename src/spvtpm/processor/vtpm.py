@@ -237,6 +237,11 @@ class Vtpm:
             self._require(Residency.OFF, "release")
             self._release_interface()
 
+    def cut_off(self) -> None:
+        """Kills the worker, whatever is under way."""
+        if self._session is not None:
+            self._session.kill()
+
     async def abandon(self) -> None:
         """Ends everything at once, without order: before destruction, or when the SP ends."""
         async with self._lock:

@@ -145,4 +145,5 @@ class VtpmManager:
                     await vtpm.release()
             except TimeoutError:
                 log.error("vTPM %s does not shut down in order: cut off", vtpm.vtpm_id)
+                vtpm.cut_off()
                 await vtpm.abandon()

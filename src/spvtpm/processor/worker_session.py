@@ -104,6 +104,10 @@ class WorkerSession:
         finally:
             self._awaited = None
 
+    def kill(self) -> None:
+        """Kills the worker; whoever waits for it learns that it died."""
+        self._worker.kill()
+
     async def end(self) -> None:
         """Ends the worker at once; its state is elsewhere, or not wanted."""
         self._worker.kill()
