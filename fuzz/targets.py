@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.instance_targets import INSTANCE_TARGETS
 from fuzz.interface_targets import INTERFACE_TARGETS
 from fuzz.message_targets import MESSAGE_TARGETS
 from fuzz.storage_targets import STORAGE_TARGETS
@@ -11,5 +12,12 @@ from fuzz.tpm_targets import TPM_TARGETS
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for target in (*STREAM_TARGETS, *MESSAGE_TARGETS, *INTERFACE_TARGETS, *STORAGE_TARGETS, *TPM_TARGETS)
+    for target in (
+        *STREAM_TARGETS,
+        *MESSAGE_TARGETS,
+        *INSTANCE_TARGETS,
+        *INTERFACE_TARGETS,
+        *STORAGE_TARGETS,
+        *TPM_TARGETS,
+    )
 }
