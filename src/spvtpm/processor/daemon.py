@@ -26,6 +26,7 @@ from typing import assert_never
 
 from spvtpm.processor.config import DEFAULT_TOML, load_config
 from spvtpm.processor.fuses import Fuses, burn_fuses, load_fuses, new_fuses
+from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.own_memory import protect_own_memory
@@ -132,10 +133,12 @@ class SecureProcessor:
         cleanup.callback(pool.close)
         await pool.open()
         self._missing += pool.missing
-        vtpms = VtpmManager(VtpmServices(self._store, pool, ParkingLot(), runtime, uids), self._config.park_after_s)
+        commit = GroupCommit(self._store).commit
+        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids)
+        vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
         keys = VmKeyFiles(self._state / "vm-keys")
-        self._security = SecurityManager(self._store, vtpms, keys, self._config.max_vms)
+        self._security = SecurityManager(self._store, commit, vtpms, keys, self._config.max_vms)
         self._security.load()
         await self._security.sweep()
         parking = asyncio.create_task(vtpms.park_idle_for_ever())

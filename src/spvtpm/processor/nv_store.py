@@ -17,6 +17,7 @@ import queue
 import sqlite3
 import struct
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, suppress
@@ -56,6 +57,10 @@ _CHECKPOINT_PAGES = 1024
 
 _LOG_BYTES = (_CHECKPOINT_PAGES + 256) * (_PAGE_BYTES + 24) + 32
 """Length of the log with all these pages and some to spare. Source: SQLite, "WAL-mode File Format"."""
+
+_QUICK_S = 0.002
+_MEMORY = 8
+"""How long a commit takes on a disk for which it is not worth while to wake a thread; and over how many that is averaged."""
 
 _CACHE_KIB = 256
 """SQLite's page cache: records are written often and read once a boot, so there is little to gain from more."""
@@ -97,6 +102,10 @@ class _Sealer:
             return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], self._associated(name, version))
         except (InvalidTag, ValueError, OverflowError):
             raise IntegrityError(f"NV record {name} is altered, or belongs to another secure processor") from None
+
+
+def _cannot_take(error: Exception) -> StorageError:
+    return StorageError(f"the NV store cannot take the change: {error}")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -167,6 +176,8 @@ class NvStore:
             self._lengthen_log(path)
             undo.pop_all()
         self._queue: queue.SimpleQueue[tuple[Sequence[Change], Future[None]] | None] = queue.SimpleQueue()
+        self._turn = threading.Lock()
+        self._typical_s = 2 * _QUICK_S
         self._thread = threading.Thread(target=self._write, name="nv-writer")
         self._thread.start()
 
@@ -270,6 +281,25 @@ class NvStore:
         self._queue.put((changes, future))
         return future
 
+    def commit_at_once(self, changes: Sequence[Change]) -> bool:
+        """Makes the changes durable before it returns, if no other commit is under way and the disk has been quick.
+
+        Returns:
+            Whether it did; if not, nothing was done: `commit` them.
+
+        Raises:
+            StorageError: it could not; the store is as it was.
+        """
+        if self._typical_s > _QUICK_S or not self._queue.empty() or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            self._transact(changes)
+        except Exception as error:
+            raise _cannot_take(error) from None
+        finally:
+            self._turn.release()
+        return True
+
     def close(self) -> None:
         """Waits for what was handed in, then closes the files."""
         self._queue.put(None)
@@ -294,19 +324,25 @@ class NvStore:
 
     def _write_batch(self, batch: list[tuple[Sequence[Change], Future[None]]]) -> None:
         try:
-            self._transact(change for changes, _future in batch for change in changes)
+            with self._turn:
+                self._transact([change for changes, _future in batch for change in changes])
         except Exception as error:  # whatever it is: the thread that everyone waits for goes on
             if len(batch) > 1:
                 # One of them may be what does not fit: each gets its own chance.
                 for item in batch:
                     self._write_batch([item])
             else:
-                batch[0][1].set_exception(StorageError(f"the NV store cannot take the change: {error}"))
+                batch[0][1].set_exception(_cannot_take(error))
             return
         for _changes, future in batch:
             future.set_result(None)
 
-    def _transact(self, changes: Iterable[Change]) -> None:
+    def _transact(self, changes: Sequence[Change]) -> None:
+        begin = time.monotonic()
+        self._write_changes(changes)
+        self._typical_s += (time.monotonic() - begin - self._typical_s) / _MEMORY
+
+    def _write_changes(self, changes: Sequence[Change]) -> None:
         versions = dict[str, int | None]()
         index = dict[str, dict[str, int]]()
         number = self._versions[_ROOT] + 1

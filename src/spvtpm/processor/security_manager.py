@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.vm_keys import VmKeys
-from spvtpm.processor.vtpm import VTPM_PREFIX, Residency, Vtpm, record_name
+from spvtpm.processor.vtpm import VTPM_PREFIX, Commit, Residency, Vtpm, record_name
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError, SpvtpmError, WrongState
 from spvtpm.wire.messages import PAGE_VMS, VmInfo, VmList, VtpmInfo
@@ -31,14 +31,16 @@ class SecurityManager:
     """Owns the VMSB table. Commands on one VM come one after the other, those on different VMs side by side.
 
     Args:
-        store: where blocks are kept.
+        store: where blocks are kept, for reading.
+        commit: makes changes to it durable.
         vtpms: the vTPM manager.
         keys: where VM keys come from.
         max_vms: blocks at a time.
     """
 
-    def __init__(self, store: NvStore, vtpms: VtpmManager, keys: VmKeys, max_vms: int) -> None:
+    def __init__(self, store: NvStore, commit: Commit, vtpms: VtpmManager, keys: VmKeys, max_vms: int) -> None:
         self._store = store
+        self._commit = commit
         self._vtpms = vtpms
         self._keys = keys
         self._max_vms = max_vms
@@ -69,7 +71,7 @@ class SecurityManager:
         orphans = [name for name in self._store.names(VTPM_PREFIX) if name not in bound]
         if orphans and not self._damaged:
             log.warning("removing %d vTPM records that belong to no VM", len(orphans))
-            await asyncio.wrap_future(self._store.commit([(name, None) for name in orphans]))
+            await self._commit([(name, None) for name in orphans])
 
     def _lock(self, vm_id: uuid.UUID) -> asyncio.Lock:
         """The VM's lock; it lives as long as somebody holds it or waits for it."""
@@ -216,7 +218,7 @@ class SecurityManager:
             if block is not None and block.vtpm_id is not None:
                 await self._vtpms.destroy(block.vtpm_id, [removal])
             else:
-                await asyncio.wrap_future(self._store.commit([removal]))
+                await self._commit([removal])
             self._blocks.pop(vm_id, None)
             self._damaged.pop(vm_id, None)
 
@@ -289,4 +291,4 @@ class SecurityManager:
         return len(self._blocks) + len(self._damaged), count[Residency.ACTIVE], count[Residency.PARKED]
 
     async def _save(self, block: VmSecurityBlock) -> None:
-        await asyncio.wrap_future(self._store.commit([(_record_name(block.vm_id), block.to_record())]))
+        await self._commit([(_record_name(block.vm_id), block.to_record())])

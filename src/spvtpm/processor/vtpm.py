@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,12 +45,17 @@ class Residency(Enum):
     FAILED = "failed"
 
 
+Commit = Callable[[Sequence[Change]], Coroutine[None, None, None]]
+"""Returns once the changes are durable, or raises `StorageError`."""
+
+
 @dataclass(frozen=True, slots=True)
 class VtpmServices:
     """What every vTPM of an SP shares.
 
     Attributes:
-        store: non-volatile storage.
+        store: non-volatile storage, for reading.
+        commit: makes changes to it durable.
         pool: worker processes.
         parking: parked states.
         runtime: directory of interface sockets.
@@ -58,6 +63,7 @@ class VtpmServices:
     """
 
     store: NvStore
+    commit: Commit
     pool: WorkerPool
     parking: ParkingLot
     runtime: Path
@@ -272,7 +278,7 @@ class Vtpm:
 
         async def commit(permanent: bytes) -> None:
             changes = [(record_name(self.vtpm_id), permanent), *first_changes]
-            await asyncio.wrap_future(self._services.store.commit(changes))
+            await self._services.commit(changes)
             first_changes.clear()
 
         async def notice_end(reason: str) -> None:

@@ -91,9 +91,8 @@ class VtpmManager:
             await vtpm.manufacture(*boot, [binding.made])
         except SpvtpmError:
             # The worker may have died after its first commit.
-            undone = self._services.store.commit([(record_name(vtpm_id), None), binding.undone])
             with suppress(StorageError):
-                await asyncio.wrap_future(undone)
+                await self._services.commit([(record_name(vtpm_id), None), binding.undone])
             raise
         self._vtpms[vtpm_id] = vtpm
         return vtpm
@@ -108,7 +107,7 @@ class VtpmManager:
         vtpm = self.get(vtpm_id)
         await vtpm.abandon()
         changes = [(record_name(vtpm_id), None), *with_changes]
-        await asyncio.wrap_future(self._services.store.commit(changes))
+        await self._services.commit(changes)
         del self._vtpms[vtpm_id]
 
     async def park_idle_for_ever(self) -> None:
