@@ -69,7 +69,7 @@ class Row:
         if self.target is None:
             return None
         measured = self.ours.p50 if self.ratio is None else self.ratio
-        return measured <= self.target
+        return round(measured, 2) <= self.target  # as it is printed
 
 
 @dataclass(slots=True)

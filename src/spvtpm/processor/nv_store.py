@@ -200,7 +200,7 @@ class NvStore:
                 connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
                 connection.execute(_SCHEMA)
                 index = {name: msgspec.msgpack.encode({}) for name in _SHARDS}
-                index[_ROOT] = msgspec.msgpack.encode(dict.fromkeys(_SHARDS, 1))
+                index[_ROOT] = msgspec.msgpack.encode([1] * INDEX_SHARDS)
                 connection.execute("BEGIN")
                 for name, content in index.items():
                     connection.execute(
@@ -226,7 +226,8 @@ class NvStore:
 
     def _check_index(self) -> dict[str, dict[str, int]]:
         """Reads the index. A record in another version than it says is refused when it is read, alone."""
-        self._believe(self._read_index(_ROOT), set(_SHARDS))
+        root = msgspec.msgpack.decode(self.read(_ROOT), type=list[int])
+        self._believe(dict(zip(_SHARDS, root, strict=True)), set(_SHARDS))
         index = {shard: self._read_index(shard) for shard in _SHARDS}
         known = {name: version for names in index.values() for name, version in names.items()}
         self._believe(known, {name for name in self._versions if not name.startswith(_INDEX)})
@@ -368,8 +369,8 @@ class NvStore:
                 self._versions[name] = version
 
     def _put_index(self, index: dict[str, dict[str, int]], number: int) -> dict[str, int | None]:
-        root = {shard: number if shard in index else self._versions[shard] for shard in _SHARDS}
-        parts: dict[str, dict[str, int]] = {**index, _ROOT: root}
+        root = [number if shard in index else self._versions[shard] for shard in _SHARDS]
+        parts: dict[str, dict[str, int] | list[int]] = {**index, _ROOT: root}
         return {name: self._put(name, number, msgspec.msgpack.encode(part)) for name, part in parts.items()}
 
     def _put(self, name: str, version: int, content: bytes | None) -> int | None:
