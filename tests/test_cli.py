@@ -42,6 +42,7 @@ COMMANDS = [
     ("guest", "new-key"),
     ("guest", "tcti"),
     ("guest", "serve"),
+    *(("vendor", name) for name in ("init", "manufacture", "revoke", "refresh-list", "raise-generation")),
 ]
 
 
@@ -108,7 +109,7 @@ def test_an_incomplete_command_shows_what_there_is(words: tuple[str, ...]) -> No
 
 
 def test_every_command_is_in_the_list_that_these_tests_go_through() -> None:
-    groups = {"sp": cli.sp_app, "hypervisor": cli.hypervisor_app, "guest": cli.guest_app}
+    groups = {group.name[0]: group for group in cli.GROUPS}
     found = {(group, name) for group, app in groups.items() for name in app if not name.startswith("-")}
 
     assert found == set(COMMANDS)
@@ -401,3 +402,20 @@ def test_a_pipe_that_is_closed_early_ends_quietly(sp: RunningSp) -> None:
         result = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, timeout=60)
 
     assert b"Traceback" not in result.stderr
+
+
+# The vendor
+
+
+def test_a_vendor_makes_and_revokes_chips(tmp_path: Path) -> None:
+    vendor = tmp_path / "vendor"
+    assert "made in" in done("vendor", "init", vendor, "--name", "Example Silicon")
+    made = json.loads(done("vendor", "manufacture", vendor, tmp_path / "chip", "--json"))
+    assert (tmp_path / "chip").stat().st_mode & 0o777 == 0o600
+    assert "exists already" in complaint(3, "vendor", "manufacture", vendor, tmp_path / "chip")
+    assert "revocation list 2" in done("vendor", "revoke", vendor, made["chip_id"])
+    assert "revocation list 3" in done("vendor", "refresh-list", vendor)
+    assert done("vendor", "raise-generation", vendor) == "generation 2\n"
+    assert "no chip" in complaint(3, "vendor", "revoke", vendor, "00" * 16)
+    assert "is no chip id" in complaint(2, "vendor", "revoke", vendor, "xyz")
+    assert "exists already" in complaint(3, "vendor", "init", vendor, "--name", "Another")

@@ -1,0 +1,5 @@
+"""`python -m spvtpm.cli`."""
+
+from spvtpm.cli import main
+
+main()
