@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.certificate_targets import CERTIFICATE_TARGETS
 from fuzz.instance_targets import INSTANCE_TARGETS
 from fuzz.interface_targets import INTERFACE_TARGETS
 from fuzz.message_targets import MESSAGE_TARGETS
@@ -16,6 +17,7 @@ TARGETS: dict[str, Target] = {
         *STREAM_TARGETS,
         *MESSAGE_TARGETS,
         *INSTANCE_TARGETS,
+        *CERTIFICATE_TARGETS,
         *INTERFACE_TARGETS,
         *STORAGE_TARGETS,
         *TPM_TARGETS,
