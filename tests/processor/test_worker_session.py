@@ -12,6 +12,7 @@ import pytest
 from spvtpm.processor.worker.messages import (
     Commit,
     Committed,
+    Failed,
     FromWorker,
     Off,
     PacketPort,
@@ -104,6 +105,15 @@ def test_a_reply_that_nobody_asked_for_ends_the_worker(message: FromWorker) -> N
         assert scene.link.killed
         with pytest.raises(WorkerError, match="out of turn"):
             await scene.session.order(PowerOff())
+
+    play(act)
+
+
+def test_last_words_that_nobody_asked_for_are_told_as_they_are() -> None:
+    async def act(scene: Scene) -> None:
+        await scene.say(Failed("libtpms cannot go on"))
+        scene.theirs.close()
+        assert await scene.ended == "libtpms cannot go on"
 
     play(act)
 

@@ -205,6 +205,7 @@ class Vtpm:
             await self._run_worker(worker, Start(port, permanent, parked.volatile), [], _nothing)
         except SpvtpmError as error:
             worker.kill()
+            worker.close()
             # Its volatile state is spent: from here only a new boot leads on.
             await self._fail(str(error))
             raise

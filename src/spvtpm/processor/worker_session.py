@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 
 from spvtpm.processor.worker.messages import (
     Commit,
@@ -71,10 +72,10 @@ class WorkerSession:
             WorkerError: it died, or cannot; `end()` it.
             Exception: from `meanwhile`; `end()` the worker too.
         """
-        replied = self._expect()
-        await self._worker.start(start, descriptors)
-        meanwhile()
-        reply = await self._reply(replied)
+        with self._expecting() as replied:
+            await self._worker.start(start, descriptors)
+            meanwhile()
+            reply = await self._reply(replied)
         if not isinstance(reply, Ready):
             raise misbehaviour(self._name, reply)
         return reply
@@ -85,24 +86,27 @@ class WorkerSession:
         Raises:
             WorkerError: it died, or does not answer; `end()` it.
         """
-        replied = self._expect()
-        await self._worker.send(order)
-        return await self._reply(replied)
+        with self._expecting() as replied:
+            await self._worker.send(order)
+            return await self._reply(replied)
 
-    def _expect(self) -> asyncio.Future[FromWorker]:
-        """The reply to what is said next; raises if there is nobody to say it to."""
+    @contextmanager
+    def _expecting(self) -> Iterator[asyncio.Future[FromWorker]]:
+        """The reply to what the body says; raises if there is nobody to say it to."""
         if self._over is not None:
             raise self._over
         self._awaited = asyncio.get_running_loop().create_future()
-        return self._awaited
+        try:
+            yield self._awaited
+        finally:
+            self._awaited.cancel()
+            self._awaited = None
 
     async def _reply(self, replied: asyncio.Future[FromWorker]) -> FromWorker:
         try:
             return await asyncio.wait_for(replied, _REPLY_TIMEOUT_S)
         except TimeoutError:
             raise WorkerError(f"the worker of {self._name} did not answer") from None
-        finally:
-            self._awaited = None
 
     def kill(self) -> None:
         """Kills the worker; whoever waits for it learns that it died."""
@@ -147,10 +151,10 @@ class WorkerSession:
             self._refused = message.count
             error = AttachError(message.error).name
             log.warning("%s: refused %d frames so far, the last one: %s", self._name, message.count, error)
-        elif self._awaited is None or self._awaited.done():
-            raise MessageError(f"it said {type(message).__name__} out of turn")
-        else:
+        elif self._awaited is not None and not self._awaited.done():
             self._awaited.set_result(message)
+        elif not isinstance(message, Failed):  # last words come when they must
+            raise MessageError(f"it said {type(message).__name__} out of turn")
         await asyncio.sleep(0)
 
     async def _committed(self, message: Commit) -> Committed:
