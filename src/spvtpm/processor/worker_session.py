@@ -99,7 +99,8 @@ class WorkerSession:
         try:
             yield self._awaited
         finally:
-            self._awaited.cancel()
+            if not self._awaited.cancel():
+                self._awaited.exception()  # seen, whether somebody waited for it or not
             self._awaited = None
 
     async def _reply(self, replied: asyncio.Future[FromWorker]) -> FromWorker:
