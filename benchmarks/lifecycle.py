@@ -154,7 +154,9 @@ def measure_lifecycle(sp: RunningSp, swtpm_path: str, scratch: Path, *, quick: b
     section.notes.append(
         "Both make a TPM of their own with libtpms; ours is durable when LaunchVm answers, swtpm's is not."
     )
-    section.notes.append("Before each turn all that was left unwritten is synced, so that ours does not pay for swtpm's.")
+    section.notes.append(
+        "Before each turn all that was left unwritten is synced, so that ours does not pay for swtpm's."
+    )
     section.notes.append("Not timed: writing our VM's key file, making swtpm's state directory, and ending either.")
     return section
 
