@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from spvtpm.processor.private_files import create_private_file, read_private_file
+from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import AlreadyInitialised, FusesError, StorageError
 
@@ -34,12 +33,7 @@ class Fuses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"Fuses(chip_id={self.chip_id.hex()})"
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file: JSON with the fuses as they were encoded, and a checksum against damage (not against attackers)."""
-
-    format: Annotated[int, Meta(ge=1, le=1)]
-    fuses: msgspec.Raw
-    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_FILE = ChecksummedFile("fuses", 1, Fuses)
 
 
 def new_fuses() -> Fuses:
@@ -54,10 +48,8 @@ def burn_fuses(path: Path, fuses: Fuses) -> None:
         AlreadyInitialised: the file exists; fuses are burnt once.
         FusesError: the file cannot be written.
     """
-    content = msgspec.json.encode(fuses)
-    digest = hashlib.sha256(content).hexdigest()
     try:
-        create_private_file(path, msgspec.json.encode(_File(1, msgspec.Raw(content), digest)))
+        create_private_file(path, _FILE.encode(fuses))
     except FileExistsError:
         raise AlreadyInitialised(f"the fuses file {path} exists already") from None
     except OSError as error:
@@ -71,10 +63,9 @@ def load_fuses(path: Path) -> Fuses:
         FusesError: the file is missing, readable by others, or damaged.
     """
     try:
-        file = msgspec.json.decode(read_private_file(path, _MAX_FILE_BYTES), type=_File)
-        if not hmac.compare_digest(hashlib.sha256(bytes(file.fuses)).hexdigest(), file.sha256):
-            raise FusesError(f"the fuses file {path} is damaged: its checksum is wrong")
-        return msgspec.json.decode(file.fuses, type=Fuses)
+        return _FILE.decode(read_private_file(path, _MAX_FILE_BYTES))
+    except WrongChecksum:
+        raise FusesError(f"the fuses file {path} is damaged: its checksum is wrong") from None
     except StorageError as error:
         raise FusesError(str(error)) from None
     except UNDECODABLE:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import VendorError
 from spvtpm.wire.generations import FLEET_ID_BYTES, MAX_GENERATION, SECRET_BYTES, ladder_down
@@ -38,12 +37,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ladder_down(self.top_secret, self.fleet_id, MAX_GENERATION, self.generation)
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """JSON with the fleet as it was encoded, and a checksum against damage (not against attackers)."""
-
-    format: Annotated[int, Meta(ge=1, le=1)]
-    fleet: msgspec.Raw
-    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_FILE = ChecksummedFile("fleet", 1, Fleet)
 
 
 def new_fleet() -> Fleet:
@@ -53,8 +47,7 @@ def new_fleet() -> Fleet:
 
 def encode_fleet(fleet: Fleet) -> bytes:
     """The file's content."""
-    content = msgspec.json.encode(fleet)
-    return msgspec.json.encode(_File(1, msgspec.Raw(content), hashlib.sha256(content).hexdigest()))
+    return _FILE.encode(fleet)
 
 
 def parse_fleet(content: bytes) -> Fleet:
@@ -64,10 +57,9 @@ def parse_fleet(content: bytes) -> Fleet:
         VendorError: it is damaged.
     """
     try:
-        file = msgspec.json.decode(content, type=_File)
-        if not hmac.compare_digest(hashlib.sha256(bytes(file.fleet)).hexdigest(), file.sha256):
-            raise VendorError("the fleet's file is damaged: its checksum is wrong")
-        return msgspec.json.decode(file.fleet, type=Fleet)
+        return _FILE.decode(content)
+    except WrongChecksum:
+        raise VendorError("the fleet's file is damaged: its checksum is wrong") from None
     except UNDECODABLE:
         # The decoder's own message is left out: it could quote what it could not read.
         raise VendorError("the fleet's file is damaged: it is not what `init_vendor` writes") from None

@@ -5,8 +5,6 @@ For the vendor, who writes it once, and for the secure processor, which reads it
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from typing import Annotated
 
 import msgspec
@@ -19,6 +17,7 @@ from spvtpm.wire.certificate_building import Issuer
 from spvtpm.wire.certificate_extensions import CHIP_ID_BYTES, FLEET_ID_BYTES
 from spvtpm.wire.certificate_policies import TrustedRoots
 from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES, Chain, parse_chain
+from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import ChipFileError, SpvtpmError
 from spvtpm.wire.generations import MAX_GENERATION, SECRET_BYTES
@@ -79,12 +78,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         raise ChipFileError("the chip file is damaged: its endorsement key is not that of its certificate")
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """JSON with the chip as it was encoded, and a checksum against damage (not against attackers)."""
-
-    format: Annotated[int, Meta(ge=FORMAT, le=FORMAT)]
-    chip: msgspec.Raw
-    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_FILE = ChecksummedFile("chip", FORMAT, Chip)
 
 
 def encode_chip_file(chip: Chip) -> bytes:
@@ -93,8 +87,7 @@ def encode_chip_file(chip: Chip) -> bytes:
     Raises:
         ChipFileError: the chip's parts do not belong together.
     """
-    encoded = msgspec.json.encode(chip)
-    content = msgspec.json.encode(_File(FORMAT, msgspec.Raw(encoded), hashlib.sha256(encoded).hexdigest()))
+    content = _FILE.encode(chip)
     parse_chip_file(content)
     return content
 
@@ -111,10 +104,9 @@ def parse_chip_file(content: bytes) -> Chip:
     if len(content) > MAX_CHIP_FILE_BYTES:
         raise ChipFileError(f"the chip file is longer than {MAX_CHIP_FILE_BYTES} bytes")
     try:
-        file = msgspec.json.decode(content, type=_File)
-        if not hmac.compare_digest(hashlib.sha256(bytes(file.chip)).hexdigest(), file.sha256):
-            raise ChipFileError("the chip file is damaged: its checksum is wrong")
-        chip = msgspec.json.decode(file.chip, type=Chip)
+        chip = _FILE.decode(content)
+    except WrongChecksum:
+        raise ChipFileError("the chip file is damaged: its checksum is wrong") from None
     except UNDECODABLE:
         # The decoder's own message is left out: it could quote what it could not read.
         raise ChipFileError("the chip file is damaged, or no chip file of format 2") from None
