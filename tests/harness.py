@@ -147,14 +147,6 @@ class RunningSp:
         self.kill()
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 def has_ended(process: int, patience_ms: int = 10_000) -> bool:
     """Waits for the end of a process (or zombie); closes its descriptor, which `os.pidfd_open` gave."""
     try:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spvtpm.processor.sp_secret import SpSecret, ladder_down
+from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.wire.errors import GenerationError
+from spvtpm.wire.generations import ladder_down
 from tests.vectors import generate_sp_secret
 
 FOLDER = Path(generate_sp_secret.__file__).parent / "sp_secret"

@@ -311,16 +311,16 @@ class NvStore:
     def _write(self) -> None:
         while (first := self._queue.get()) is not None:
             batch = [first]
-            closing = False
+            is_last = False
             with suppress(queue.Empty):
-                while not closing:
+                while not is_last:
                     item = self._queue.get_nowait()
                     if item is None:
-                        closing = True
+                        is_last = True
                     else:
                         batch.append(item)
             self._write_batch(batch)
-            if closing:
+            if is_last:
                 return
 
     def _write_batch(self, batch: list[tuple[Sequence[Change], Future[None]]]) -> None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from spvtpm.wire.generations import FLEET_ID_BYTES, MAX_GENERATION, SECRET_BYTES, ladder_down
 
-__all__ = ["SpSecret", "ladder_down"]
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SpSecret:
