@@ -44,6 +44,7 @@ class Vm:
     boots: int = 0
     residency: str = ""
     vtpm_id: uuid.UUID | None = None
+    lost_vtpm: bool = False  # in this boot: another one would be a PCR reset under a running guest
     started: bool = False
     pcr: bytes = bytes(32)
     nv: bytes | None = None
@@ -61,6 +62,7 @@ class Vm:
         self.end_boot()
         self.state = "running"
         self.boots += 1
+        self.lost_vtpm = False
         if self.residency:
             self.residency = "active"
 
@@ -119,7 +121,7 @@ class SecureProcessorModel(RuleBasedStateMachine):
             else AlreadyExists
             if vm.residency
             else WrongState
-            if vm.state != "running"
+            if vm.state != "running" or vm.lost_vtpm
             else None
         )
         if self._told(messages.CreateVtpm(vm_id=vm.vm_id), refusal):
@@ -167,6 +169,7 @@ class SecureProcessorModel(RuleBasedStateMachine):
         refusal = NotFound if not vm.state else WrongState if not vm.residency else None
         if self._told(messages.DestroyVtpm(vm_id=vm.vm_id), refusal):
             vm.forget_vtpm()
+            vm.lost_vtpm = vm.state != "stopped"
 
     @rule(slot=slots)
     def decommission(self, slot: int) -> None:
