@@ -20,6 +20,7 @@ from spvtpm.guest.vm_key import create_vm_key, read_vm_key
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
 from spvtpm.wire import messages
+from tests.papers import put_chip_file
 
 
 class RunningSp:
@@ -34,7 +35,9 @@ class RunningSp:
         self.state = state
         self.log_path = state.with_name(f"{state.name}.log")
         if not (state / "fuses").exists():
-            initialise(state)
+            chip_file = state.with_name(f"{state.name}.chip")
+            put_chip_file(chip_file)
+            initialise(state, chip_file)
         if config is not None:
             (state / "sp.toml").write_text(config)
         self.start()

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from spvtpm.files import create_file
 from spvtpm.vendor.authority import Vendor
 from spvtpm.vendor.factory import ALL_FEATURES, make_chip
 from spvtpm.vendor.fleet import new_fleet
@@ -25,7 +27,7 @@ from spvtpm.wire.certificate_building import (
 )
 from spvtpm.wire.certificate_extensions import ChannelIdentity, Features
 from spvtpm.wire.certificate_policies import AllOf, Purpose, genuine
-from spvtpm.wire.chip_file import Chip
+from spvtpm.wire.chip_file import Chip, encode_chip_file
 from spvtpm.wire.revocation import RevocationList
 
 NOW = datetime(2027, 3, 1, 12, tzinfo=UTC)
@@ -82,6 +84,19 @@ def new_papers(name: str = "Example Silicon", start: datetime = NOW - DAY) -> Pa
 def papers() -> Papers:
     """One vendor for all tests that change nothing."""
     return new_papers()
+
+
+@cache
+def todays_papers() -> Papers:
+    """A vendor whose certificates are valid now, for real secure processors."""
+    return new_papers(start=datetime.now(UTC) - DAY)
+
+
+def put_chip_file(path: Path, of: Papers | None = None) -> Chip:
+    """A new chip of this vendor, or of today's, as a file that a secure processor takes."""
+    chip = make_chip((of or todays_papers()).vendor, "test chip", ALL_FEATURES, datetime.now(UTC))
+    create_file(path, encode_chip_file(chip))
+    return chip
 
 
 def channel_chain(

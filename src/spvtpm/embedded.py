@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from spvtpm.files import create_file, read_file
 from spvtpm.guest.tcti import TctiServer, listen_unix
-from spvtpm.processor.fuses import burn_fuses, load_fuses, new_fuses
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.worker import messages
@@ -40,6 +40,8 @@ from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES
 from spvtpm.wire.tpm_stream import ensure_started
 
+_ROOT_KEY = "root-key"
+_ROOT_KEY_BYTES = 32
 _RECORD = "vtpm/embedded"
 
 
@@ -82,13 +84,15 @@ class _InDirectory:
             raise StorageError(f"{directory} belongs to a secure processor")
         self._lock = lock_state(directory)
         try:
-            if not (directory / "fuses").exists():
+            if not (directory / _ROOT_KEY).exists():
                 if (directory / "nv.db").exists():
-                    raise StorageError(f"{directory} has lost its fuses: what is in it cannot be opened, remove it")
-                fuses = new_fuses()
-                NvStore.create(directory / "nv.db", fuses.storage_root_key)
-                burn_fuses(directory / "fuses", fuses)
-            self._store = NvStore(directory / "nv.db", load_fuses(directory / "fuses").storage_root_key)
+                    raise StorageError(
+                        f"{directory} has lost its {_ROOT_KEY}: what is in it cannot be opened, remove it"
+                    )
+                root_key = os.urandom(_ROOT_KEY_BYTES)
+                NvStore.create(directory / "nv.db", root_key)
+                create_file(directory / _ROOT_KEY, root_key)
+            self._store = NvStore(directory / "nv.db", read_file(directory / _ROOT_KEY, _ROOT_KEY_BYTES))
         except BaseException:
             os.close(self._lock)
             raise

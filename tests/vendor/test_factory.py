@@ -35,6 +35,7 @@ from spvtpm.wire.errors import (
     ChipUnknown,
     GenerationError,
     RevocationUnknown,
+    StorageError,
     UsageError,
     VendorError,
 )
@@ -116,7 +117,7 @@ def test_a_name_that_cannot_be_in_a_certificate_makes_nothing(tmp_path: Path, na
 
 
 def test_a_full_disk_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with full_disk(monkeypatch), pytest.raises(VendorError, match="No space"):
+    with full_disk(monkeypatch), pytest.raises(StorageError, match="No space"):
         init_vendor(tmp_path / "vendor", "Example")
     assert list(tmp_path.iterdir()) == []
 
@@ -125,14 +126,14 @@ def test_a_full_disk_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["intermediate-key.pem", "fleet"])
 def test_a_private_file_that_others_can_read_is_refused(vendor: Path, name: str) -> None:
     (vendor / name).chmod(0o640)
-    with pytest.raises(VendorError, match="can be read by others"):
+    with pytest.raises(StorageError, match="can be read by others"):
         load_vendor(vendor)
 
 
 @pytest.mark.skipif(not is_root(), reason="only root can give a file away")
 def test_a_private_file_of_another_user_is_refused(vendor: Path) -> None:
     os.chown(vendor / "fleet", 65533, 65533)
-    with pytest.raises(VendorError, match="65533"):
+    with pytest.raises(StorageError, match="65533"):
         load_vendor(vendor)
 
 
@@ -143,7 +144,7 @@ def test_a_damaged_or_missing_file_is_named(vendor: Path, name: str, content: by
         (vendor / name).unlink()
     else:
         (vendor / name).write_bytes(content)
-    with pytest.raises(VendorError, match=name.partition(".")[0]):
+    with pytest.raises(StorageError, match=name.partition(".")[0]):
         load_vendor(vendor)
         read_revocation_list(vendor)
 
@@ -151,7 +152,7 @@ def test_a_damaged_or_missing_file_is_named(vendor: Path, name: str, content: by
 def test_a_link_in_the_place_of_a_file_is_refused(vendor: Path) -> None:
     (vendor / "fleet").rename(vendor / "elsewhere")
     (vendor / "fleet").symlink_to(vendor / "elsewhere")
-    with pytest.raises(VendorError, match="fleet"):
+    with pytest.raises(StorageError, match="fleet"):
         load_vendor(vendor)
 
 
@@ -230,9 +231,9 @@ def test_a_chip_file_is_never_replaced(vendor: Path, tmp_path: Path) -> None:
 def test_a_chip_file_that_cannot_be_written_leaves_nothing_of_it(
     vendor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(VendorError, match="nowhere"):
+    with pytest.raises(StorageError, match="nowhere"):
         manufacture_chip(vendor, tmp_path / "nowhere" / "chip")
-    with full_disk(monkeypatch), pytest.raises(VendorError, match="No space"):
+    with full_disk(monkeypatch), pytest.raises(StorageError, match="No space"):
         manufacture_chip(vendor, tmp_path / "chip")
     assert [path.name for path in tmp_path.iterdir()] == ["vendor"]
 
@@ -312,7 +313,7 @@ def test_revocations_at_once_are_all_kept(vendor: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_list(vendor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = manufacture_chip(vendor, tmp_path / "chip", now=NOW)
-    with full_disk(monkeypatch), pytest.raises(VendorError, match="No space"):
+    with full_disk(monkeypatch), pytest.raises(StorageError, match="No space"):
         revoke_chip(vendor, chain.chip.chip_id)
     assert read_revocation_list(vendor).number == 1
     assert {path.name for path in vendor.iterdir()} == PRIVATE | PUBLIC | {"chips"}

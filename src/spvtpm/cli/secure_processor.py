@@ -13,19 +13,21 @@ sp_app = App(name="sp", help="The secure processor (SP): one daemon per host.")
 
 
 @sp_app.command
-def init(state: Path, /) -> None:
+def init(state: Path, /, *, chip: Path) -> None:
     """Make a new secure processor in an empty directory: fuses, configuration, NV store.
 
-    Example: spvtpm sp init /var/lib/spvtpm
+    Example: spvtpm sp init /var/lib/spvtpm --chip chip-1
 
     Parameters
     ----------
     state
         State directory; made with mode 0700 if it is missing.
+    chip
+        Chip file from `spvtpm vendor manufacture`. It is moved: a chip can be in one place only.
     """
     from spvtpm.processor.daemon import initialise
 
-    fuses = initialise(state)
+    fuses = initialise(state, chip)
     print(f"secure processor {fuses.chip_id.hex()} made in {state}; run it with: spvtpm sp run {state}")
 
 

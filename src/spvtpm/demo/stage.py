@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.demo.story import Story
+from spvtpm.files import create_file
 from spvtpm.guest.vm_key import create_vm_key
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
-from spvtpm.processor.private_files import create_private_file
+from spvtpm.vendor.authority import init_vendor
+from spvtpm.vendor.factory import manufacture_chip
 from spvtpm.wire import messages
 
 _SPVTPM = (sys.executable, "-m", "spvtpm.cli")
@@ -107,9 +109,14 @@ class SecureProcessorHost:
         self._process: subprocess.Popen[bytes] | None = None
 
     def make(self) -> None:
-        """A new secure processor: fuses and an empty store."""
-        self._story.command("host#", ["spvtpm", "sp", "init", "sp"])
-        initialise(self.state)
+        """A vendor makes a chip, and a secure processor begins with it: fuses and an empty store."""
+        vendor, chip = self.state.with_name("vendor"), self.state.with_name("chip-1")
+        self._story.command("vendor$", ["spvtpm", "vendor", "init", "vendor", "--name", "Example Silicon"])
+        init_vendor(vendor, "Example Silicon")
+        self._story.command("vendor$", ["spvtpm", "vendor", "manufacture", "vendor", "chip-1"])
+        manufacture_chip(vendor, chip)
+        self._story.command("host#", ["spvtpm", "sp", "init", "sp", "--chip", "chip-1"])
+        initialise(self.state, chip)
 
     def start(self) -> None:
         """Its daemon."""
@@ -188,7 +195,7 @@ class EmulatedVm:
 
     def give_key_to_secure_processor(self) -> None:
         """Stands for the owner's confidential channel, by which the SP will get it."""
-        create_private_file(self._host.state / "vm-keys" / f"{self.vm_id}.key", self.key.read_bytes())
+        create_file(self._host.state / "vm-keys" / f"{self.vm_id}.key", self.key.read_bytes())
 
     def boot(self) -> None:
         """Starts the VM's one process: the driver of its vTPM, with a socket for the VM's TPM tools."""

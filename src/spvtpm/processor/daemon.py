@@ -2,7 +2,7 @@
 
 State directory, mode 0700 (0711 if other users are allowed to connect):
 
-    fuses          the chip's secrets (a file that stands for fuses)
+    fuses/         the chip's secrets and its counter (a directory that stands for fuses)
     sp.toml        configuration
     nv.db          sealed NV records
     vm-keys/       VM keys, a stopgap until owners send them through a confidential channel
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import assert_never
 
 from spvtpm.processor.config import DEFAULT_TOML, load_config
-from spvtpm.processor.fuses import Fuses, burn_fuses, load_fuses, new_fuses
+from spvtpm.processor.fuses import Fuses
+from spvtpm.processor.fuses.file import burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
 from spvtpm.processor.nv_store import NvStore
@@ -46,15 +47,20 @@ log = logging.getLogger(__name__)
 _LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}.sock"
 
 
-def initialise(state: Path) -> Fuses:
+def initialise(state: Path, chip_file: Path) -> Fuses:
     """Makes a new secure processor in an empty directory: configuration, NV store, and fuses last of all.
 
+    Args:
+        state: the directory; made if it is missing.
+        chip_file: as the vendor made it; it is moved into the fuses.
+
     Raises:
+        ChipFileError: it is no chip file.
         AlreadyInitialised: there is one in this directory.
         NoSecureProcessor: the directory is not empty, or its path too long for the sockets in it.
         StorageError: it cannot be written.
     """
-    fuses = new_fuses()
+    chip = read_chip_file(chip_file)
     _check_length(state.absolute())
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -67,9 +73,8 @@ def initialise(state: Path) -> Fuses:
         (state / "sp.toml").write_text(DEFAULT_TOML)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or state}: {error.strerror}") from None
-    NvStore.create(state / "nv.db", fuses.storage_root_key)
-    burn_fuses(state / "fuses", fuses)
-    return fuses
+    NvStore.create(state / "nv.db", chip.storage_root_key)
+    return burn_fuses(state / "fuses", chip_file)
 
 
 class SecureProcessor:

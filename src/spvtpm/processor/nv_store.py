@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from spvtpm.processor.private_files import sync_directory
+from spvtpm.files import sync_directory
 from spvtpm.wire.errors import AlreadyInitialised, IntegrityError, StorageError
 
 INDEX_SHARDS = 64

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Protocol
 
-from spvtpm.processor.private_files import read_private_file
+from spvtpm.files import read_file
 from spvtpm.wire.errors import StorageError, VmKeyError
 from spvtpm.wire.mailbox import KEY_BYTES, derive_boot_key
 
@@ -38,7 +38,7 @@ class VmKeyFiles:
     def boot_key(self, vm_id: uuid.UUID, boot_id: bytes) -> bytes:
         path = self._directory / f"{vm_id}.key"
         try:
-            key = read_private_file(path, KEY_BYTES)
+            key = read_file(path, KEY_BYTES)
         except StorageError as error:
             raise VmKeyError(f"the VM's key: {error}") from None
         if len(key) != KEY_BYTES:

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from spvtpm.vendor.files import PUBLIC, create_file, locked, read_file, replace_file, sync_directory
+from spvtpm.files import PUBLIC, create_file, locked, read_file, replace_file, sync_directory
 from spvtpm.vendor.fleet import MAX_FLEET_FILE_BYTES, Fleet, encode_fleet, new_fleet, parse_fleet
 from spvtpm.wire.certificate_building import (
     Issuer,
@@ -45,6 +45,7 @@ from spvtpm.wire.errors import (
     CertificateError,
     ChipUnknown,
     GenerationError,
+    StorageError,
     UsageError,
     VendorError,
 )
@@ -84,7 +85,7 @@ def init_vendor(directory: Path, name: str, *, now: datetime | None = None) -> N
     Raises:
         AlreadyExists: something is there.
         UsageError: the name cannot be in a certificate.
-        VendorError: it cannot be written.
+        StorageError: it cannot be written.
     """
     now = now or datetime.now(UTC)
     beside = directory.absolute().with_name(f".{directory.absolute().name}.{os.urandom(4).hex()}")
@@ -101,21 +102,21 @@ def init_vendor(directory: Path, name: str, *, now: datetime | None = None) -> N
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise AlreadyExists(f"{directory} exists already, and is not an empty directory") from None
-        raise VendorError(f"cannot make {directory}: {error.strerror}") from None
+        raise StorageError(f"cannot make {directory}: {error.strerror}") from None
 
 
 def load_vendor(directory: Path) -> Vendor:
     """Reads what it takes to make chips.
 
     Raises:
-        VendorError: a file is missing, damaged, or a private one open to others.
+        StorageError: a file is missing, damaged (`VendorError`), or a private one open to others.
     """
     root = _read_certificate(directory / "root.pem", ROOT)
     certificate = _read_certificate(directory / "intermediate.pem", INTERMEDIATE)
     key = _read_key(directory / "intermediate-key.pem")
     if key.public_key() != certificate.public_key():
         raise VendorError(f"{directory / 'intermediate-key.pem'} is not the key of intermediate.pem")
-    fleet = parse_fleet(read_file(directory / "fleet", MAX_FLEET_FILE_BYTES, private=True))
+    fleet = parse_fleet(read_file(directory / "fleet", MAX_FLEET_FILE_BYTES))
     return Vendor(root, Issuer(certificate, key), fleet)
 
 
@@ -123,7 +124,7 @@ def read_revocation_list(directory: Path) -> RevocationList:
     """The newest list.
 
     Raises:
-        VendorError: it is missing or damaged.
+        StorageError: it is missing, or damaged (`VendorError`).
     """
     path = directory / "revoked.pem"
     content = read_file(path, 2 * MAX_REVOCATION_LIST_BYTES, private=False)
@@ -143,7 +144,7 @@ def revoke_chip(directory: Path, chip_id: bytes, *, now: datetime | None = None)
 
     Raises:
         ChipUnknown: this vendor has made no such chip.
-        VendorError: a file cannot be read or written.
+        StorageError: a file cannot be read or written.
     """
     path = directory / "chips" / f"{chip_id.hex()}.pem"
     if not path.is_file():
@@ -159,7 +160,7 @@ def refresh_revocation_list(directory: Path, *, now: datetime | None = None) -> 
     """The same list anew, for another 30 days. Do it in time: readers refuse a list that has ended.
 
     Raises:
-        VendorError: a file cannot be read or written.
+        StorageError: a file cannot be read or written.
     """
     return _publish(directory, [], now or datetime.now(UTC))
 
@@ -169,11 +170,11 @@ def raise_generation(directory: Path) -> int:
 
     Raises:
         GenerationError: the last one is reached.
-        VendorError: a file cannot be read or written.
+        StorageError: a file cannot be read or written.
     """
     path = directory / "fleet"
     with locked(directory):
-        fleet = parse_fleet(read_file(path, MAX_FLEET_FILE_BYTES, private=True))
+        fleet = parse_fleet(read_file(path, MAX_FLEET_FILE_BYTES))
         if fleet.generation == MAX_GENERATION:
             raise GenerationError(f"generation {MAX_GENERATION} is the last one: begin a new fleet")
         raised = Fleet(fleet.fleet_id, fleet.top_secret, fleet.generation + 1)
@@ -228,7 +229,7 @@ def _read_certificate(path: Path, profile: Profile) -> x509.Certificate:
 
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    content = read_file(path, _MAX_PEM_BYTES, private=True)
+    content = read_file(path, _MAX_PEM_BYTES)
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

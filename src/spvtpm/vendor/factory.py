@@ -9,8 +9,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from spvtpm.files import PUBLIC, create_file, locked
 from spvtpm.vendor.authority import Vendor, load_vendor, to_pem
-from spvtpm.vendor.files import PUBLIC, create_file, locked
 from spvtpm.wire.certificate_building import Validity, build_chip_certificate
 from spvtpm.wire.certificate_extensions import CHIP_ID_BYTES, ChipIdentity, Features
 from spvtpm.wire.certificates import Chain
@@ -47,7 +47,7 @@ def manufacture_chip(
     Raises:
         AlreadyExists: the chip file is there.
         UsageError: the model or the features cannot be in a certificate.
-        VendorError: a file of the vendor's cannot be read, or the chip file cannot be written.
+        StorageError: a file of the vendor's cannot be read, or the chip file cannot be written.
     """
     if output.exists() or output.is_symlink():
         raise AlreadyExists(f"{output} exists already")

@@ -67,8 +67,14 @@ def build_root(key: EllipticCurvePrivateKey, vendor: str, validity: Validity) ->
     Raises:
         ValueError: a value is out of bounds.
     """
-    subject = _vendor_name(vendor, "root")
-    return _sign(ROOT, subject, key.public_key(), validity, subject, key)
+    return build_self_signed(ROOT, _vendor_name(vendor, "root"), key, validity)
+
+
+def build_self_signed(
+    profile: Profile, subject: x509.Name, key: EllipticCurvePrivateKey, validity: Validity
+) -> x509.Certificate:
+    """A certificate that its own key signs; `key` on P-384."""
+    return _sign(profile, subject, key.public_key(), validity, subject, key)
 
 
 def build_intermediate(

@@ -121,6 +121,14 @@ CHANNEL = Profile(
     identity=CHANNEL_IDENTITY,
     longest=LONGEST_CHANNEL_VALIDITY,
 )
+OWNER = Profile(
+    "owner's certificate",
+    ec.SECP384R1,
+    None,
+    _key_usage(signs=True),
+    purposes=(ExtendedKeyUsageOID.CLIENT_AUTH,),
+    has_issuer=False,
+)
 _PLACES = {3: (CHIP, INTERMEDIATE, ROOT), 4: (CHANNEL, CHIP, INTERMEDIATE, ROOT)}
 
 

@@ -89,6 +89,13 @@ class InterfaceError(PeerError):
     hint = "Start the client again; if that does not help, restart the VM. The VM's host sees more in `spvtpm hypervisor list`."
 
 
+class ChannelError(PeerError):
+    """The confidential channel broke: what came is not what the other side sent, or the other side is another."""
+
+    code = "channel"
+    hint = "Open the channel again. If that does not help, something between the two sides alters what they send."
+
+
 class CertificateError(PeerError):
     """A certificate, a chain or a revocation list is malformed, or not exactly as its profile says."""
 

@@ -1,4 +1,4 @@
-"""The vendor's files: made whole or not at all, private ones read only when nobody else can."""
+"""Files that domains keep: made whole or not at all, durable; private ones read only when nobody else can. Below all domains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spvtpm.wire.errors import AlreadyExists, VendorError
+from spvtpm.wire.errors import AlreadyExists, StorageError
 
 PRIVATE, PUBLIC = 0o600, 0o644
 
@@ -19,7 +19,7 @@ def create_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 
     Raises:
         AlreadyExists: there is one.
-        VendorError: it cannot be written.
+        StorageError: it cannot be written.
     """
     try:
         temporary = _write_beside(path, content, mode)
@@ -31,43 +31,43 @@ def create_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     except FileExistsError:
         raise AlreadyExists(f"{path} exists already") from None
     except OSError as error:
-        raise VendorError(f"cannot write {path}: {error.strerror}") from None
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
 
 
 def replace_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Puts a file in the place of another one, durably: at any moment one of both is there, whole.
 
     Raises:
-        VendorError: it cannot be written.
+        StorageError: it cannot be written.
     """
     try:
         _write_beside(path, content, mode).replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        raise VendorError(f"cannot write {path}: {error.strerror}") from None
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def read_file(path: Path, max_bytes: int, *, private: bool) -> bytes:
+def read_file(path: Path, max_bytes: int, *, private: bool = True) -> bytes:
     """Reads a regular file; a private one must belong to this user (or root) and be closed to all others.
 
     Raises:
-        VendorError: it is missing, a link, too long, or somebody else can read what is private.
+        StorageError: it is missing, a link, longer than `max_bytes`, or somebody else can read what is private.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise VendorError(f"cannot open {path}: {error.strerror}") from None
+        raise StorageError(f"cannot open {path}: {error.strerror}") from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise VendorError(f"{path} is no regular file")
+        raise StorageError(f"{path} is no regular file")
     with os.fdopen(descriptor, "rb") as file:
         if private and (status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o077):
             mode = stat.S_IMODE(status.st_mode)
-            raise VendorError(f"{path} can be read by others (owner {status.st_uid}, mode {mode:04o}; needed: 0600)")
+            raise StorageError(f"{path} can be read by others (owner {status.st_uid}, mode {mode:04o}; needed: 0600)")
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise VendorError(f"{path} is longer than {max_bytes} bytes")
+        raise StorageError(f"{path} is longer than {max_bytes} bytes")
     return content
 
 
@@ -85,12 +85,12 @@ def locked(directory: Path) -> Iterator[None]:
     """Holds the directory for one change at a time; waits for whoever has it.
 
     Raises:
-        VendorError: there is none.
+        StorageError: there is none.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise VendorError(f"cannot open {directory}: {error.strerror}") from None
+        raise StorageError(f"cannot open {directory}: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
