@@ -16,10 +16,12 @@ from typing import Self
 
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.vm_key import create_vm_key, read_vm_key
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
 from spvtpm.wire import messages
+from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.owner_messages import DestroyVm, Done
+from tests.owner import ANYTHING, Owner, OwnerChannel
 from tests.papers import put_chip_file
 
 
@@ -34,6 +36,8 @@ class RunningSp:
     def __init__(self, state: Path, config: str | None = None) -> None:
         self.state = state
         self.log_path = state.with_name(f"{state.name}.log")
+        self.owner = Owner()
+        self._keys: dict[uuid.UUID, bytes] = {}
         if not (state / "fuses").exists():
             chip_file = state.with_name(f"{state.name}.chip")
             put_chip_file(chip_file)
@@ -83,15 +87,25 @@ class RunningSp:
         with SecureProcessorClient(self.socket) as client:
             return client.list_vms()
 
-    def key_path(self, vm_id: uuid.UUID) -> Path:
-        """Where the VM's key lies."""
-        return self.state / "vm-keys" / f"{vm_id}.key"
+    def channel(self, owner: Owner | None = None) -> OwnerChannel:
+        """A channel of an owner; of the one whose VMs the others here are."""
+        return OwnerChannel(self.state / "run" / "channel.sock", owner or self.owner)
 
-    def new_vm(self) -> uuid.UUID:
-        """A new VM id with its key in place; not launched."""
+    def key(self, vm_id: uuid.UUID) -> bytes:
+        """The VM's key, as the VM has it."""
+        return self._keys.setdefault(vm_id, os.urandom(32))
+
+    def new_vm(self, policy: Policy = ANYTHING) -> uuid.UUID:
+        """A new VM, provisioned by its owner; not launched."""
         vm_id = uuid.uuid4()
-        create_vm_key(self.key_path(vm_id))
+        with self.channel() as channel:
+            channel.provision(vm_id, self.key(vm_id), policy)
         return vm_id
+
+    def destroy(self, vm_id: uuid.UUID) -> None:
+        """The owner destroys a VM."""
+        with self.channel() as channel:
+            channel.ask(DestroyVm(vm_id=vm_id), Done)
 
     def launch(self) -> uuid.UUID:
         """A new VM, running, with a vTPM."""
@@ -107,7 +121,7 @@ class RunningSp:
     def driver(self, vm_id: uuid.UUID) -> Iterator[CrbDriver]:
         """The VM's driver, attached."""
         with InterfaceMemory.connect(self.interface(vm_id)) as memory:
-            yield CrbDriver(memory, read_vm_key(self.key_path(vm_id)))
+            yield CrbDriver(memory, self.key(vm_id))
 
     def workers(self) -> list[int]:
         """Process ids of all processes below the daemon."""

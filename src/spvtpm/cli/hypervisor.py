@@ -23,8 +23,6 @@ def _command(sp: Path, request: messages.Request, json: bool) -> None:
         print_json(reply)
     elif isinstance(reply, messages.VmInfo):
         _print_vms([reply])
-    else:
-        print("done")
 
 
 def _print_vms(vms: list[messages.VmInfo]) -> None:
@@ -38,7 +36,7 @@ def _print_vms(vms: list[messages.VmInfo]) -> None:
 
 @hypervisor_app.command
 def launch(vm: Vm, /, *, sp: Sp, without_vtpm: WithoutVtpm = False, json: Json = False) -> None:
-    """Make a VM's security block and begin its first boot, with a vTPM.
+    """Begin the first boot of a VM that its owner has provisioned, with its vTPM.
 
     Example: spvtpm hypervisor launch 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
     """
@@ -56,7 +54,7 @@ def create_vtpm(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
 
 @hypervisor_app.command
 def start(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
-    """Begin a new boot of a stopped VM.
+    """Begin a new boot of a stopped VM; a hibernated one goes on where it was.
 
     Example: spvtpm hypervisor start 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
     """
@@ -100,21 +98,12 @@ def wake(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def destroy_vtpm(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
-    """Destroy a VM's vTPM with all its keys and NV, for good.
+def hibernate(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
+    """Take a suspended VM's vTPM out of memory, whole; `start` goes on where it was, or its owner exports it.
 
-    Example: spvtpm hypervisor destroy-vtpm 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
+    Example: spvtpm hypervisor hibernate 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
     """
-    _command(sp, messages.DestroyVtpm(vm_id=vm), json)
-
-
-@hypervisor_app.command
-def decommission(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
-    """Destroy a VM's security block and its vTPM, for good.
-
-    Example: spvtpm hypervisor decommission 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
-    """
-    _command(sp, messages.DecommissionVm(vm_id=vm), json)
+    _command(sp, messages.HibernateVm(vm_id=vm), json)
 
 
 @hypervisor_app.command(name="list")

@@ -5,8 +5,7 @@ State directory, mode 0700 (0711 if other users are allowed to connect):
     fuses/         the chip's secrets and its counter (a directory that stands for fuses)
     sp.toml        configuration
     nv.db          sealed NV records
-    vm-keys/       VM keys, a stopgap until owners send them through a confidential channel
-    run/           sockets: `sp.sock` for the hypervisor, `<vm id>.sock` for each VM's interface
+    run/           sockets: `sp.sock` for the hypervisor, `channel.sock` for owners' channels, `<vm id>.sock` for each VM
     lock           held while a daemon runs
 """
 
@@ -20,22 +19,29 @@ import signal
 import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
+from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
+from spvtpm.processor.channel_port import ChannelPort
 from spvtpm.processor.config import DEFAULT_TOML, load_config
 from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.file import burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
+from spvtpm.processor.ledger import Ledger
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.own_memory import protect_own_memory
+from spvtpm.processor.owner_commands import Estate
+from spvtpm.processor.owner_session import OwnerSession
 from spvtpm.processor.parking import ParkingLot
+from spvtpm.processor.rollback_guard import RollbackGuard, check_epoch
 from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES
-from spvtpm.processor.vm_keys import VmKeyFiles
+from spvtpm.processor.vm_table import VmTable
 from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.worker_pool import WorkerPool
@@ -69,7 +75,6 @@ def initialise(state: Path, chip_file: Path) -> Fuses:
         if any(state.iterdir()):
             raise NoSecureProcessor(f"{state} is not empty: a new secure processor needs a directory of its own")
         state.chmod(0o700)
-        (state / "vm-keys").mkdir(mode=0o700)
         (state / "sp.toml").write_text(DEFAULT_TOML)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or state}: {error.strerror}") from None
@@ -106,6 +111,7 @@ class SecureProcessor:
             self._fuses = load_fuses(state / "fuses")
             self._store = NvStore(state / "nv.db", self._fuses.storage_root_key)
             cleanup.callback(self._store.close)
+            check_epoch(self._store, self._fuses.counter)
             self._cleanup = cleanup.pop_all()
         self._stopping = asyncio.Event()
 
@@ -139,17 +145,24 @@ class SecureProcessor:
         await pool.open()
         self._missing += pool.missing
         commit = GroupCommit(self._store).commit
-        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids)
+        guard = RollbackGuard(self._store, commit, self._fuses.counter)
+        await guard.milestone([])
+        cleanup.push_async_callback(guard.close)
+        table = VmTable(self._config.max_vms)
+        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids, table.fail)
         vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
-        keys = VmKeyFiles(self._state / "vm-keys")
-        self._security = SecurityManager(self._store, commit, vtpms, keys, self._config.max_vms)
-        self._security.load()
-        await self._security.sweep()
-        parking = asyncio.create_task(vtpms.park_idle_for_ever())
-        cleanup.callback(parking.cancel)
+        self._security = SecurityManager(self._store, commit, guard, table, vtpms)
+        await self._security.load()
+        for endless in (vtpms.park_idle_for_ever(), guard.keep_pace()):
+            cleanup.callback(asyncio.create_task(endless).cancel)
         port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
         cleanup.push_async_callback(port.close)
+        ledger, secret = Ledger(self._store), self._fuses.sp_secret
+        estate = Estate(self._store, guard, table, vtpms, ledger, self._fuses.chip_id, FIRMWARE_VERSION, secret)
+        keys = ChannelKeys(self._fuses)
+        channels = ChannelPort(runtime / "channel.sock", uids, keys, partial(OwnerSession, estate))
+        cleanup.push_async_callback(channels.close)
         log.info("secure processor %s runs on %s", self._fuses.chip_id.hex(), self._state)
         on_ready(runtime / "sp.sock")
 
@@ -167,11 +180,8 @@ class SecureProcessor:
                 return await security.reset(request.vm_id)
             case messages.StopVm():
                 return await security.stop(request.vm_id)
-            case messages.DecommissionVm():
-                await security.decommission(request.vm_id)
-                return messages.Done()
-            case messages.DestroyVtpm():
-                return await security.destroy_vtpm(request.vm_id)
+            case messages.HibernateVm():
+                return await security.hibernate(request.vm_id)
             case messages.ParkVtpm():
                 return await security.park(request.vm_id)
             case messages.WakeVtpm():

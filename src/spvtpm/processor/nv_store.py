@@ -6,7 +6,7 @@ shards, and a root that knows the versions of the shards), so none can be remove
 unseen. A version is the number of the transaction that wrote the record, so none is ever used twice under one name. All
 changes that wait when a commit begins go into one transaction: one sync for many vTPMs.
 
-A whole store put back to an older copy of itself is not noticed here; that needs a counter in the fuses.
+A whole store put back to an older copy of itself is not noticed here, but by `rollback_guard.py`.
 """
 
 from __future__ import annotations
@@ -245,6 +245,11 @@ class NvStore:
 
     def __contains__(self, name: str) -> bool:
         return name in self._versions
+
+    @property
+    def transactions(self) -> int:
+        """How many there have been: it grows whenever something is written."""
+        return self._versions[_ROOT]
 
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -60,6 +60,7 @@ class VtpmServices:
         parking: parked states.
         runtime: directory of interface sockets.
         allowed_uids: who may take interfaces.
+        on_failure: told of each VM whose vTPM died by itself, and why.
     """
 
     store: NvStore
@@ -68,14 +69,23 @@ class VtpmServices:
     parking: ParkingLot
     runtime: Path
     allowed_uids: frozenset[int]
+    on_failure: Callable[[uuid.UUID, str], None]
 
 
 VTPM_PREFIX = "vtpm/"
 
 
+HIBERNATED_PREFIX = "hibernated/"
+
+
 def record_name(vtpm_id: uuid.UUID) -> str:
     """Name of the NV record with the vTPM's permanent state."""
     return f"{VTPM_PREFIX}{vtpm_id}"
+
+
+def hibernated_name(vtpm_id: uuid.UUID) -> str:
+    """Name of the NV record with the volatile state of a vTPM whose VM is hibernated."""
+    return f"{HIBERNATED_PREFIX}{vtpm_id}"
 
 
 def _nothing() -> None:
@@ -89,19 +99,15 @@ class Vtpm:
         vtpm_id: its id.
         vm_id: the VM it is bound to.
         services: what the SP shares among its vTPMs.
-        on_failure: told when the vTPM died by itself.
     """
 
-    def __init__(
-        self, vtpm_id: uuid.UUID, vm_id: uuid.UUID, services: VtpmServices, on_failure: Callable[[], None]
-    ) -> None:
+    def __init__(self, vtpm_id: uuid.UUID, vm_id: uuid.UUID, services: VtpmServices) -> None:
         self.vtpm_id = vtpm_id
         self.vm_id = vm_id
         self.residency = Residency.OFF
         self.failure = ""
         self.interface: InterfaceOffer | None = None
         self._services = services
-        self._on_failure = on_failure
         self._lock = asyncio.Lock()
         self._boot: tuple[bytes, bytes] | None = None
         self._session: WorkerSession | None = None
@@ -115,10 +121,15 @@ class Vtpm:
             ResourceError: no interface can be had.
         """
         async with self._lock:
-            await self._begin_boot(boot_id, boot_key, None, with_changes)
+            await self._begin_boot(boot_id, boot_key, None, None, with_changes)
 
-    async def power_on(self, boot_id: bytes, boot_key: bytes) -> None:
+    async def power_on(self, boot_id: bytes, boot_key: bytes, volatile: bytes | None = None) -> None:
         """Begins a boot from the durable state.
+
+        Args:
+            boot_id: 16 bytes.
+            boot_key: 32 bytes.
+            volatile: as `hibernate` gave it, to go on there; otherwise the TPM starts anew.
 
         Raises:
             IntegrityError: the stored state is missing or altered.
@@ -127,10 +138,15 @@ class Vtpm:
         """
         async with self._lock:
             permanent = self._services.store.read(record_name(self.vtpm_id))
-            await self._begin_boot(boot_id, boot_key, permanent, [])
+            await self._begin_boot(boot_id, boot_key, permanent, volatile, [])
 
     async def _begin_boot(
-        self, boot_id: bytes, boot_key: bytes, permanent: bytes | None, with_changes: Sequence[Change]
+        self,
+        boot_id: bytes,
+        boot_key: bytes,
+        permanent: bytes | None,
+        volatile: bytes | None,
+        with_changes: Sequence[Change],
     ) -> None:
         if self.residency is not Residency.OFF:
             raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
@@ -145,7 +161,7 @@ class Vtpm:
         try:
             worker = await self._services.pool.take(blank=permanent is None)
             listen = self.interface.listen if fresh else _nothing
-            await self._run_worker(worker, Start(port, permanent), with_changes, listen)
+            await self._run_worker(worker, Start(port, permanent, volatile), with_changes, listen)
         except SpvtpmError:
             if fresh:
                 self._release_interface()
@@ -166,17 +182,51 @@ class Vtpm:
         """
         async with self._lock:
             self._require(Residency.ACTIVE, "park")
-            reply = await self._order(Park(only_if_idle))
-            if isinstance(reply, StillBusy):
+            if not await self._park(only_if_idle=only_if_idle):
                 return False
-            if not isinstance(reply, Parked):
-                error = misbehaviour(f"vTPM {self.vtpm_id}", reply)
-                await self._fail(str(error))
-                raise error
-            self._services.parking.put(self.vtpm_id, reply)
-            await self._dismiss(Residency.PARKED)
             self._watch(self._wake_on_ring)
             return True
+
+    async def _park(self, *, only_if_idle: bool) -> bool:
+        reply = await self._order(Park(only_if_idle))
+        if isinstance(reply, StillBusy):
+            return False
+        if not isinstance(reply, Parked):
+            error = misbehaviour(f"vTPM {self.vtpm_id}", reply)
+            await self._fail(str(error))
+            raise error
+        self._services.parking.put(self.vtpm_id, reply)
+        await self._dismiss(Residency.PARKED)
+        return True
+
+    async def hibernate(self, save: Callable[[bytes], Awaitable[None]]) -> None:
+        """Ends the boot with all of the state kept: what is volatile goes to `save`, and comes back to `power_on`.
+
+        Args:
+            save: makes the volatile state durable, or raises; then the boot goes on.
+
+        Raises:
+            WrongState: it is off or failed, or has an NV change that is not durable yet.
+            WorkerError: the worker died.
+            SpvtpmError: what `save` raised.
+        """
+        async with self._lock:
+            if self.residency is Residency.PARKED:
+                self._unwatch()
+            else:
+                self._require(Residency.ACTIVE, "hibernate")
+                if not await self._park(only_if_idle=False):
+                    raise WrongState(f"vTPM {self.vtpm_id} has an NV change that is not durable yet")
+            parked = self._services.parking.take(self.vtpm_id)
+            try:
+                await save(parked.volatile)
+            except BaseException:
+                self._services.parking.put(self.vtpm_id, parked)
+                self._watch(self._wake_on_ring)
+                raise
+            self.residency = Residency.OFF
+            self._boot = None
+            self._release_interface()
 
     async def wake(self) -> None:
         """Gives a parked vTPM a worker again, just as it was.
@@ -314,7 +364,7 @@ class Vtpm:
         log.error("vTPM %s of VM %s failed: %s", self.vtpm_id, self.vm_id, reason)
         await self._dismiss(Residency.FAILED)
         self.failure = reason
-        self._on_failure()
+        self._services.on_failure(self.vm_id, reason)
         self._answer_outage()
 
     # The doorbell while no worker listens to it

@@ -6,13 +6,13 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from spvtpm.processor.nv_store import Change
-from spvtpm.processor.vtpm import Residency, Vtpm, VtpmServices, record_name
+from spvtpm.processor.vtpm import Commit, Residency, Vtpm, VtpmServices, hibernated_name, record_name
 from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ class VtpmManager:
         """How many vTPMs live where."""
         return Counter(vtpm.residency for vtpm in self._vtpms.values())
 
-    def load(self, vtpm_id: uuid.UUID, vm_id: uuid.UUID, on_failure: Callable[[], None]) -> Vtpm:
+    def load(self, vtpm_id: uuid.UUID, vm_id: uuid.UUID) -> Vtpm:
         """A vTPM known from storage, off."""
-        vtpm = Vtpm(vtpm_id, vm_id, self._services, on_failure)
+        vtpm = Vtpm(vtpm_id, vm_id, self._services)
         self._vtpms[vtpm_id] = vtpm
         return vtpm
 
@@ -72,7 +72,6 @@ class VtpmManager:
         vm_id: uuid.UUID,
         boot: tuple[bytes, bytes],
         binding: Binding,
-        on_failure: Callable[[], None],
     ) -> Vtpm:
         """Makes a new vTPM and powers it on; its state and the binding become durable together or not at all.
 
@@ -81,12 +80,11 @@ class VtpmManager:
             vm_id: the VM it will serve for ever.
             boot: boot id (16 bytes) and boot key (32 bytes).
             binding: of the vTPM to its VM.
-            on_failure: told when the vTPM dies by itself.
 
         Raises:
             StorageError, WorkerError, ResourceError: nothing was made.
         """
-        vtpm = Vtpm(vtpm_id, vm_id, self._services, on_failure)
+        vtpm = Vtpm(vtpm_id, vm_id, self._services)
         try:
             await vtpm.manufacture(*boot, [binding.made])
         except SpvtpmError:
@@ -97,8 +95,13 @@ class VtpmManager:
         self._vtpms[vtpm_id] = vtpm
         return vtpm
 
-    async def destroy(self, vtpm_id: uuid.UUID, with_changes: Sequence[Change]) -> None:
-        """Destroys a vTPM; its record goes together with `with_changes`.
+    async def destroy(self, vtpm_id: uuid.UUID, with_changes: Sequence[Change], commit: Commit) -> None:
+        """Destroys a vTPM; its records go together with `with_changes`.
+
+        Args:
+            vtpm_id: of the vTPM.
+            with_changes: what else is to be durable then.
+            commit: makes it so.
 
         Raises:
             NotFound: there is none.
@@ -106,8 +109,7 @@ class VtpmManager:
         """
         vtpm = self.get(vtpm_id)
         await vtpm.abandon()
-        changes = [(record_name(vtpm_id), None), *with_changes]
-        await self._services.commit(changes)
+        await commit([(record_name(vtpm_id), None), (hibernated_name(vtpm_id), None), *with_changes])
         del self._vtpms[vtpm_id]
 
     async def park_idle_for_ever(self) -> None:

@@ -154,6 +154,20 @@ class WrongInstanceKeys(PolicyError):
     )
 
 
+class StaleInstance(PolicyError):
+    """An instance file is older than what is known of its vTPM, or its vTPM lives already."""
+
+    code = "stale-instance"
+    hint = "Use the newest export of this vTPM. An older one is never taken back: what happened since would be undone."
+
+
+class ExportSuperseded(PolicyError):
+    """The export that is acknowledged is not the last one, or its vTPM has been used since."""
+
+    code = "export-superseded"
+    hint = "Export again; the file that was acknowledged is not the vTPM's newest state, and nothing was destroyed."
+
+
 class WrongState(PolicyError):
     """The VM's or vTPM's state does not allow this command now."""
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE
-from spvtpm.wire.errors import MessageError
+from spvtpm.wire.errors import MessageError, SpvtpmError
 
 VERSION = 1
 _VERSION_BYTE = bytes([VERSION])
@@ -24,7 +24,8 @@ MAX_REQUEST_BYTES = 4096
 PAGE_VMS = 128
 """VMs in one answer; each takes at most some 7 KiB."""
 
-Sentence = Annotated[str, Meta(max_length=2048)]
+_MAX_SENTENCE = 2048
+Sentence = Annotated[str, Meta(max_length=_MAX_SENTENCE)]
 Code = Annotated[str, Meta(max_length=64)]
 
 
@@ -33,7 +34,7 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
 
 
 class LaunchVm(_Request, frozen=True):
-    """Make a VM's security block and begin its first boot; with its vTPM unless told otherwise (C3). → `VmInfo`."""
+    """Begin the first boot of a VM that its owner has provisioned; with its vTPM unless told otherwise (C3). → `VmInfo`."""
 
     vm_id: uuid.UUID
     with_vtpm: bool = True
@@ -46,7 +47,7 @@ class CreateVtpm(_Request, frozen=True):
 
 
 class StartVm(_Request, frozen=True):
-    """Begin a new boot of a stopped VM; its vTPM is powered on. → `VmInfo`."""
+    """Begin a new boot of a stopped VM; its vTPM is powered on. A hibernated one goes on where it was. → `VmInfo`."""
 
     vm_id: uuid.UUID
 
@@ -63,14 +64,8 @@ class StopVm(_Request, frozen=True):
     vm_id: uuid.UUID
 
 
-class DecommissionVm(_Request, frozen=True):
-    """Destroy a VM's security block, its vTPM and all their storage. → `Done`."""
-
-    vm_id: uuid.UUID
-
-
-class DestroyVtpm(_Request, frozen=True):
-    """Destroy a VM's vTPM; the VM may get a new one. → `VmInfo`."""
+class HibernateVm(_Request, frozen=True):
+    """The VM is suspended: take its vTPM out of memory, whole, for the next start or for an export. → `VmInfo`."""
 
     vm_id: uuid.UUID
 
@@ -97,19 +92,7 @@ class GetStatus(_Request, frozen=True):
     """How the secure processor is. → `Status`."""
 
 
-Request = (
-    LaunchVm
-    | CreateVtpm
-    | StartVm
-    | ResetVm
-    | StopVm
-    | DecommissionVm
-    | DestroyVtpm
-    | ParkVtpm
-    | WakeVtpm
-    | ListVms
-    | GetStatus
-)
+Request = LaunchVm | CreateVtpm | StartVm | ResetVm | StopVm | HibernateVm | ParkVtpm | WakeVtpm | ListVms | GetStatus
 
 
 class VtpmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,7 +124,7 @@ class VmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """
 
     vm_id: uuid.UUID
-    state: Literal["running", "stopped", "failed", "damaged"]
+    state: Literal["running", "stopped", "failed", "hibernated", "damaged"]
     boots: int
     vtpm: VtpmInfo | None
 
@@ -178,10 +161,6 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     missing_protection: list[str]
 
 
-class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """Carried out; there is nothing to tell."""
-
-
 class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Not carried out.
 
@@ -194,7 +173,12 @@ class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=Tr
     message: Sentence
 
 
-Reply = VmInfo | VmList | Status | Done | ErrorReply
+def error_reply(error: SpvtpmError) -> ErrorReply:
+    """The error as it crosses the border."""
+    return ErrorReply(error.code, str(error)[:_MAX_SENTENCE])
+
+
+Reply = VmInfo | VmList | Status | ErrorReply
 
 _Message = TypeVar("_Message")
 _encoder = msgspec.msgpack.Encoder()

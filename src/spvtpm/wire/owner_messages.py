@@ -26,7 +26,7 @@ from spvtpm.wire.errors import MessageError
 from spvtpm.wire.instance_content import MAX_LABEL_CHARACTERS, Policy
 from spvtpm.wire.instance_file import MAX_FILE_BYTES, SECRET_BYTES
 from spvtpm.wire.mailbox import KEY_BYTES
-from spvtpm.wire.messages import Done, ErrorReply
+from spvtpm.wire.messages import ErrorReply
 
 VERSION: Final = 1
 _VERSION_BYTE: Final = bytes([VERSION])
@@ -179,6 +179,10 @@ class GetEndorsement(_Message, frozen=True):
     """The certificates of a VM's vTPM's endorsement keys. → `Endorsement`."""
 
     vm_id: uuid.UUID
+
+
+class Done(_Message, frozen=True):
+    """Carried out, or ready for what follows; there is nothing to tell."""
 
 
 class ExportBegins(_Message, frozen=True):

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 
-from spvtpm.engine.errors import Blob, DamagedState, EngineError
+from spvtpm.engine.errors import EngineError
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
-from spvtpm.processor.worker.messages import MAX_VOLATILE_BYTES, Start
+from spvtpm.processor.worker.messages import Start
+from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
 
 _SHUTDOWN_CLEAR = bytes.fromhex("80010000000c000001450000")
 """TPM2_Shutdown(TPM_SU_CLEAR). Source: TCG TPM 2.0 Library Part 3, section "TPM2_Shutdown"."""
-
-
-_LEVEL = 1
-"""zlib's quickest: a fresh volatile state of 9 KiB becomes 1 KiB. Packed here, since this process's memory goes with it."""
-
-
-def _unpack(packed: bytes) -> bytes:
-    decompressor = zlib.decompressobj()
-    try:
-        volatile = decompressor.decompress(packed, MAX_VOLATILE_BYTES)
-    except zlib.error:
-        volatile = b""
-    if not decompressor.eof:
-        raise DamagedState(Blob.VOLATILE, "it is not packed as it should be")
-    return volatile
 
 
 class WorkerTpm:
@@ -58,12 +43,13 @@ class WorkerTpm:
 
         Raises:
             EngineError: libtpms refused the state.
+            IntegrityError: the volatile state is not packed as it should be.
             StorageError: the new state is not durable.
         """
         if start.permanent is not None:
             self._engine.power_off()
             self._durable = self._latest = start.permanent
-            self._engine.resume(start.permanent, None if start.volatile is None else _unpack(start.volatile))
+            self._engine.resume(start.permanent, None if start.volatile is None else unpack_volatile(start.volatile))
         elif not self._engine.is_on:
             self._engine.manufacture()
         if self.waits_for_storage:
@@ -122,7 +108,7 @@ class WorkerTpm:
         """
         self._latest = self._engine.permanent_state()
         self.make_durable()
-        return zlib.compress(self._engine.volatile_state(), _LEVEL)
+        return pack_volatile(self._engine.volatile_state())
 
     def shut_down(self) -> None:
         """Orderly shutdown, so that the next start finds no sign of a power cut (and no dictionary attack penalty).

@@ -1,0 +1,199 @@
+"""The socket to which the platform relays confidential channels, one a connection. Every byte from it is hostile.
+
+The relay decides who gets through, and in which order frames arrive; the channel notices all else. So that nobody holds what
+others need: so many channels in all, so many of one owner, a time for the introductions, and an end to those that fall silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from spvtpm.processor.channel_identity import ChannelKeys
+from spvtpm.processor.connections import Connections
+from spvtpm.wire.channel import (
+    MAX_CHANNEL_FRAME_BYTES,
+    ClearMessage,
+    Introduce,
+    Knock,
+    Papers,
+    SecureChannel,
+    encode_clear,
+    parse_clear,
+)
+from spvtpm.wire.errors import MessageError, PeerError, ResourceError, SpvtpmError
+from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.messages import error_reply
+from spvtpm.wire.owner_certificates import fingerprint, parse_owner_certificate
+from spvtpm.wire.owner_messages import MAX_OWNER_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+MAX_CHANNELS = 64
+MAX_CHANNELS_OF_ONE_OWNER = 8
+_INTRODUCTION_S = 20.0
+_IDLE_S = 300.0
+_SEND_S = 60.0
+_READ_BYTES = 1 << 16
+
+_Clear = TypeVar("_Clear", Knock, Introduce)
+
+
+class Session(Protocol):
+    """What is on the other side of a channel, for one owner."""
+
+    def answers(self, payload: bytes) -> AsyncIterator[bytes]:
+        """The replies to one message, as they come."""
+
+    def close(self) -> None:
+        """The channel is gone."""
+
+
+class ChannelPort:
+    """Accepts relayed channels at `path`.
+
+    Args:
+        path: of the socket.
+        allowed_uids: whose processes may relay.
+        keys: who the SP is.
+        open_session: for an owner, known by the fingerprint of its key, 32 bytes.
+
+    Raises:
+        ResourceError: the socket cannot be had.
+    """
+
+    def __init__(
+        self, path: Path, allowed_uids: frozenset[int], keys: ChannelKeys, open_session: Callable[[bytes], Session]
+    ) -> None:
+        self._keys = keys
+        self._open_session = open_session
+        self._of_owner: Counter[bytes] = Counter()
+        self._connections = Connections(path, allowed_uids, MAX_CHANNELS, self._serve, _refusal)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        relay = _Relay(connection)
+        try:
+            async with asyncio.timeout(_INTRODUCTION_S):
+                owner, channel, early = await self._introduce(relay)
+        except TimeoutError:
+            return
+        except SpvtpmError as error:
+            log.warning("a channel was not opened: %s", error)
+            await relay.send(_clear(error))
+            return
+        with self._counted(owner):
+            await self._converse(relay, channel, owner, early)
+
+    async def _introduce(self, relay: _Relay) -> tuple[bytes, SecureChannel, list[bytes]]:
+        """Up to the end of the handshake: the owner, the channel, and messages that came along already.
+
+        Raises:
+            PeerError: the other side does not do as it should.
+            ResourceError: this owner has too many channels.
+        """
+        _expect(Knock, parse_clear(await relay.receive()))
+        identity = self._keys.current()
+        await relay.send(encode_clear(Papers(identity.chain)))
+        certificate = parse_owner_certificate(_expect(Introduce, parse_clear(await relay.receive())).certificate)
+        owner = fingerprint(certificate)
+        channel = SecureChannel(
+            identity.key,
+            identity.certificate,
+            certificate.public_bytes(Encoding.DER),
+            is_server=True,
+            max_message_bytes=MAX_OWNER_MESSAGE_BYTES,
+        )
+        early: list[bytes] = []
+        while not channel.is_open:
+            early += channel.receive(await relay.receive())
+            await relay.send(*channel.frames())
+        if self._of_owner[owner] >= MAX_CHANNELS_OF_ONE_OWNER:
+            raise ResourceError(f"this owner has {MAX_CHANNELS_OF_ONE_OWNER} channels open already")
+        return owner, channel, early
+
+    @contextmanager
+    def _counted(self, owner: bytes) -> Iterator[None]:
+        self._of_owner[owner] += 1
+        try:
+            yield
+        finally:
+            self._of_owner[owner] -= 1
+            if not self._of_owner[owner]:
+                del self._of_owner[owner]
+
+    async def _converse(self, relay: _Relay, channel: SecureChannel, owner: bytes, early: list[bytes]) -> None:
+        session = self._open_session(owner)
+        try:
+            messages = early
+            while True:
+                for message in messages:
+                    async for answer in session.answers(message):
+                        channel.send(answer)
+                        await relay.send(*channel.frames())
+                async with asyncio.timeout(_IDLE_S):
+                    messages = channel.receive(await relay.receive())
+        except (PeerError, TimeoutError) as error:
+            log.info("a channel of owner %s ended: %s", owner.hex()[:16], error or "it fell silent")
+        finally:
+            session.close()
+            channel.close()
+        await relay.send(*channel.frames())
+
+    async def close(self) -> None:
+        """Takes no more channels; returns once the requests under way are carried out."""
+        await self._connections.close()
+
+
+class _Relay:
+    """Frames to and from the other side, through whoever carries them."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._decoder = FrameDecoder(MAX_CHANNEL_FRAME_BYTES)
+        self._waiting: list[bytes] = []
+
+    async def receive(self) -> bytes:
+        """The next frame.
+
+        Raises:
+            FrameError: it is too long, or empty.
+            ConnectionError: there is none.
+        """
+        while not self._waiting:
+            data = await asyncio.get_running_loop().sock_recv(self._connection, _READ_BYTES)
+            if not data:
+                raise ConnectionResetError
+            self._waiting += self._decoder.feed(data)
+        return self._waiting.pop(0)
+
+    async def send(self, *frames: bytes) -> None:
+        """Hands frames over.
+
+        Raises:
+            OSError: nobody takes them, or not in time.
+        """
+        async with asyncio.timeout(_SEND_S):
+            for frame in frames:
+                await asyncio.get_running_loop().sock_sendall(self._connection, encode_frame(frame))
+
+
+def _expect(kind: type[_Clear], message: ClearMessage) -> _Clear:
+    if not isinstance(message, kind):
+        raise MessageError(f"{type(message).__name__} where {kind.__name__} was expected")
+    return message
+
+
+def _clear(error: SpvtpmError) -> bytes:
+    return encode_clear(error_reply(error))
+
+
+def _refusal(error: SpvtpmError) -> bytes:
+    return encode_frame(_clear(error))

@@ -1,0 +1,212 @@
+"""What an owner may do with his VMs: have them, list them, destroy them, change his secret. Exports and imports: `instances.py`.
+
+The caller has seen the owner's key in the channel. A VM of somebody else is answered as one that does not exist.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from spvtpm.processor.ledger import Entry, Ledger
+from spvtpm.processor.nv_store import Change, NvStore
+from spvtpm.processor.rollback_guard import RollbackGuard
+from spvtpm.processor.security_block import Ownership, VmSecurityBlock
+from spvtpm.processor.sp_secret import SpSecret
+from spvtpm.processor.vm_table import VmTable, block_change, block_removal
+from spvtpm.processor.vtpm_manager import VtpmManager
+from spvtpm.wire.errors import ChipNotAllowed, FirmwareTooOld, NotFound
+from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.owner_messages import (
+    PAGE_MY_VMS,
+    Events,
+    Fate,
+    MyVm,
+    MyVms,
+    NewVtpm,
+    Provision,
+    Rotated,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Estate:
+    """What the owners' commands work on.
+
+    Attributes:
+        store: where states are kept, for reading.
+        guard: makes changes durable that must never be undone.
+        table: the security blocks.
+        vtpms: the vTPM manager.
+        ledger: of vTPMs that are gone.
+        chip_id: this chip's, 16 bytes.
+        firmware: the version that runs.
+        sp_secret: the chip's half of the keys of instance files.
+    """
+
+    store: NvStore
+    guard: RollbackGuard
+    table: VmTable
+    vtpms: VtpmManager
+    ledger: Ledger
+    chip_id: bytes
+    firmware: int
+    sp_secret: SpSecret
+
+    def owned(self, owner: bytes, vm_id: uuid.UUID) -> VmSecurityBlock:
+        """The block of one of the owner's VMs.
+
+        Raises:
+            NotFound: there is none, or it is somebody else's.
+            IntegrityError: it is damaged, so that nobody knows whose it is.
+        """
+        block = self.table.get(vm_id)
+        if block.ownership.owner != owner:
+            raise NotFound(f"there is no VM {vm_id}")
+        return block
+
+    def check_policy(self, policy: Policy) -> None:
+        """Whether the owner allows this chip, and what runs on it.
+
+        Raises:
+            ChipNotAllowed, FirmwareTooOld: not.
+        """
+        if policy.chips is not None and self.chip_id not in policy.chips:
+            raise ChipNotAllowed(f"the owner's policy does not allow the chip {self.chip_id.hex()}")
+        if policy.minimum_firmware > self.firmware:
+            raise FirmwareTooOld(
+                f"the owner's policy asks for firmware {policy.minimum_firmware}; this is {self.firmware}"
+            )
+
+    def view(self, block: VmSecurityBlock) -> MyVm:
+        """One VM as its owner sees it."""
+        vtpm = None if block.vtpm_id is None else self.vtpms.get(block.vtpm_id)
+        return MyVm(
+            vm_id=block.vm_id,
+            state=block.state.value,
+            boots=block.boots,
+            label=block.ownership.label,
+            vtpm_id=block.vtpm_id,
+            residency="" if vtpm is None else vtpm.residency.value,
+            version=block.version,
+            policy=block.ownership.policy,
+        )
+
+    async def remove(self, block: VmSecurityBlock, entry: Entry | None) -> None:
+        """Destroys block, vTPM and secrets, for good. The caller holds the VM's lock.
+
+        Args:
+            block: of the VM.
+            entry: what the ledger shall say of its vTPM, if it has one.
+
+        Raises:
+            StorageError: they are still there, but for the boot under way.
+        """
+        removal = block_removal(block.vm_id)
+        if block.vtpm_id is None:
+            await self.guard.milestone([removal])
+        else:
+            async with self.ledger.lock:
+                changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
+                await self.vtpms.destroy(block.vtpm_id, changes, self.guard.milestone)
+        self.table.remove(block.vm_id)
+
+
+class OwnerCommands:
+    """Commands of one owner.
+
+    Args:
+        estate: what they work on.
+        owner: fingerprint of the owner's key, 32 bytes.
+    """
+
+    def __init__(self, estate: Estate, owner: bytes) -> None:
+        self._estate = estate
+        self._owner = owner
+
+    async def provision(self, request: Provision, vtpm: NewVtpm) -> MyVm:
+        """Makes the security block of a VM whose vTPM is made when the hypervisor launches it.
+
+        Raises:
+            AlreadyExists: the VM has one.
+            ChipNotAllowed, FirmwareTooOld: the policy does not allow this chip.
+            ResourceError: there is no room.
+        """
+        estate = self._estate
+        estate.check_policy(vtpm.policy)
+        ownership = Ownership(
+            owner=self._owner,
+            user_secret=request.user_secret,
+            vm_key=request.vm_key,
+            policy=vtpm.policy,
+            label=vtpm.label,
+        )
+        block = VmSecurityBlock.provision(request.vm_id, ownership)
+        async with estate.table.lock(request.vm_id), estate.table.room_for(block):
+            await estate.guard.milestone([block_change(block)])
+        return estate.view(block)
+
+    async def destroy(self, vm_id: uuid.UUID) -> None:
+        """Destroys a VM's block, vTPM and secrets.
+
+        Raises:
+            NotFound: this owner has none of this id.
+            StorageError: they are still there.
+        """
+        estate = self._estate
+        async with estate.table.lock(vm_id):
+            block = estate.owned(self._owner, vm_id)
+            entry = Entry(self._owner, "destroyed", block.version, block.version + 1, None)
+            await estate.remove(block, entry)
+
+    async def rotate(self, user_secret: bytes) -> Rotated:
+        """Another `UserSecret` for all of the owner's VMs, all or none.
+
+        Raises:
+            StorageError: for none.
+        """
+        table = self._estate.table
+        async with AsyncExitStack() as locks:
+            held = sorted(block.vm_id for block in self._mine())
+            for vm_id in held:
+                await locks.enter_async_context(table.lock(vm_id))
+            rotated = [block.rotate(user_secret) for block in self._mine() if block.vm_id in held]
+            await self._estate.guard.milestone([block_change(block) for block in rotated])
+            for block in rotated:
+                table.put(block)
+        return Rotated(vms=len(rotated))
+
+    def list(self, after: uuid.UUID | None) -> MyVms:
+        """A page of the owner's VMs, ordered by id: those after `after`."""
+        following = sorted(
+            (block for block in self._mine() if after is None or block.vm_id > after), key=lambda block: block.vm_id
+        )
+        page = [self._estate.view(block) for block in following[:PAGE_MY_VMS]]
+        return MyVms(vms=page, more=len(following) > len(page))
+
+    def fate(self, vtpm_id: uuid.UUID) -> Fate:
+        """What became of a vTPM here.
+
+        Raises:
+            IntegrityError: the ledger is damaged.
+        """
+        for block in self._mine():
+            if block.vtpm_id == vtpm_id:
+                return Fate(vtpm_id=vtpm_id, state="here", version=block.version)
+        entry = self._estate.ledger.find(vtpm_id)
+        if entry is None or entry.owner != self._owner:
+            return Fate(vtpm_id=vtpm_id, state="unknown", version=0)
+        return Fate(vtpm_id=vtpm_id, state=entry.how, version=entry.version, sha256=entry.sha256)
+
+    def _mine(self) -> Iterator[VmSecurityBlock]:
+        return (block for block in self._estate.table if block.ownership.owner == self._owner)
+
+    def events(self, vm_id: uuid.UUID) -> Events:
+        """The VM's newest events.
+
+        Raises:
+            NotFound: this owner has none of this id.
+        """
+        return Events(events=list(self._estate.owned(self._owner, vm_id).events))
