@@ -22,7 +22,7 @@ from spvtpm.wire import messages
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.owner_messages import DestroyVm, Done
 from tests.owner import ANYTHING, Owner, OwnerChannel
-from tests.papers import put_chip_file
+from tests.papers import Papers, put_chip_file
 
 
 class RunningSp:
@@ -31,16 +31,17 @@ class RunningSp:
     Args:
         state: made and initialised if it is missing.
         config: content of `sp.toml`, if the default will not do.
+        vendor: who makes its chip; chips of one vendor here are of one fleet.
     """
 
-    def __init__(self, state: Path, config: str | None = None) -> None:
+    def __init__(self, state: Path, config: str | None = None, vendor: Papers | None = None) -> None:
         self.state = state
         self.log_path = state.with_name(f"{state.name}.log")
         self.owner = Owner()
         self._keys: dict[uuid.UUID, bytes] = {}
         if not (state / "fuses").exists():
             chip_file = state.with_name(f"{state.name}.chip")
-            put_chip_file(chip_file)
+            put_chip_file(chip_file, vendor)
             initialise(state, chip_file)
         if config is not None:
             (state / "sp.toml").write_text(config)

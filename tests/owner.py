@@ -96,16 +96,23 @@ class OwnerChannel:
         self.owner = owner
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(60)
-        self._socket.connect(str(path))
         self._decoder = FrameDecoder(MAX_CHANNEL_FRAME_BYTES)
         self._frames: list[bytes] = []
         self._messages: list[bytes] = []
+        try:
+            self._socket.connect(str(path))
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
         self.send_frames([encode_clear(Knock())])
         self.papers = self._clear(Papers)
-        certificate = owner.certificate
+        certificate = self.owner.certificate
         self.send_frames([encode_clear(Introduce(certificate.public_bytes(Encoding.DER)))])
         self.channel = SecureChannel(
-            owner.key,
+            self.owner.key,
             certificate,
             self.papers.chain[0],
             is_server=False,

@@ -33,7 +33,7 @@ from spvtpm.wire.errors import MessageError, PeerError, ResourceError, SpvtpmErr
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import error_reply
 from spvtpm.wire.owner_certificates import fingerprint, parse_owner_certificate
-from spvtpm.wire.owner_messages import MAX_OWNER_MESSAGE_BYTES
+from spvtpm.wire.owner_messages import MAX_OWNER_MESSAGE_BYTES, encode_owner_message
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,11 @@ class ChannelPort:
             log.warning("a channel was not opened: %s", error)
             await relay.send(_clear(error))
             return
+        if self._of_owner[owner] >= MAX_CHANNELS_OF_ONE_OWNER:
+            refusal = ResourceError(f"this owner has {MAX_CHANNELS_OF_ONE_OWNER} channels open already")
+            channel.send(encode_owner_message(error_reply(refusal)))
+            await relay.send(*channel.frames())
+            return
         with self._counted(owner):
             await self._converse(relay, channel, owner, early)
 
@@ -97,7 +102,6 @@ class ChannelPort:
 
         Raises:
             PeerError: the other side does not do as it should.
-            ResourceError: this owner has too many channels.
         """
         _expect(Knock, parse_clear(await relay.receive()))
         identity = self._keys.current()
@@ -115,8 +119,6 @@ class ChannelPort:
         while not channel.is_open:
             early += channel.receive(await relay.receive())
             await relay.send(*channel.frames())
-        if self._of_owner[owner] >= MAX_CHANNELS_OF_ONE_OWNER:
-            raise ResourceError(f"this owner has {MAX_CHANNELS_OF_ONE_OWNER} channels open already")
         return owner, channel, early
 
     @contextmanager

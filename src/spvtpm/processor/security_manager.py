@@ -24,7 +24,7 @@ from spvtpm.processor.vtpm import (
     record_name,
 )
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
-from spvtpm.wire.errors import SpvtpmError, WrongState
+from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
 from spvtpm.wire.messages import PAGE_VMS, VmInfo, VmList, VtpmInfo
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,12 @@ class SecurityManager:
             NotFound, WrongState: the block does not allow it.
         """
         async with self._table.lock(vm_id):
-            await self._release(await self._stop(self._table.get(vm_id)))
+            stopped = await self._stop(self._table.get(vm_id))
+            await self._release(stopped)
+            try:
+                await self._commit([block_change(stopped)])
+            except StorageError as error:  # a stored block is a stopped one: only the event is lost
+                log.error("VM %s: that it was stopped is not durable: %s", vm_id, error)
             return self.info(vm_id)
 
     async def _stop(self, block: VmSecurityBlock) -> VmSecurityBlock:
