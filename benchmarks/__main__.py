@@ -16,6 +16,7 @@ from rich.console import Console
 from tests.harness import RunningSp
 
 from benchmarks.density import measure_density
+from benchmarks.instances import measure_instances
 from benchmarks.lifecycle import measure_lifecycle
 from benchmarks.report import Section, as_json, machine, print_section
 from benchmarks.roundtrip import measure_round_trips
@@ -87,6 +88,7 @@ def main() -> int:
             where |= {"spvtpm": reply.software, "missing protection": reply.missing_protection}
             sections.append(measure_round_trips(sp, swtpm_path, scratch, quick=arguments.quick, progress=progress))
             sections.append(measure_lifecycle(sp, swtpm_path, scratch, quick=arguments.quick, progress=progress))
+            sections.append(measure_instances(sp, quick=arguments.quick, progress=progress))
         with RunningSp(scratch / "many", _CONFIG) as sp:
             sections.append(measure_density(sp, swtpm_path, scratch, counts=arguments.vtpms, progress=progress))
     gc.collect()
