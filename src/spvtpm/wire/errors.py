@@ -276,10 +276,10 @@ class IntegrityError(StorageError):
 
 
 class FusesError(StorageError):
-    """The file that stands for the chip's fuses is missing, damaged or readable by others."""
+    """What stands for the chip's fuses is missing, damaged or readable by others."""
 
     code = "fuses"
-    hint = "Restore the fuses file with mode 0600, owned by the user that runs the secure processor."
+    hint = "Restore the fuses as they were, files with mode 0600, owned by the user that runs the secure processor."
 
 
 class ConfigError(StorageError):

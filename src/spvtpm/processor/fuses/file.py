@@ -14,7 +14,8 @@ from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.wire.chip_file import MAX_CHIP_FILE_BYTES, Chip, parse_chip_file
 from spvtpm.wire.errors import AlreadyExists, AlreadyInitialised, ChipFileError, FusesError, StorageError
 
-_MAX_COUNTER_BYTES = 20
+_MAX_COUNTER_BYTES = 19
+"""Room for a step every second for longer than anything lasts."""
 
 
 class FileCounter:
@@ -40,6 +41,8 @@ class FileCounter:
 
     def increment(self) -> int:
         number = self.read() + 1
+        if len(str(number)) > _MAX_COUNTER_BYTES:
+            raise FusesError(f"{self._path} is at its end")
         try:
             replace_file(self._path, str(number).encode())
         except StorageError as error:
