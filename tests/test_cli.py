@@ -302,6 +302,44 @@ def test_a_secure_processor_that_cannot_be_made_there(tmp_path: Path, chip: Path
     assert chip.exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seal-to-tpm", "swtpm:path=/none"),
+        ("--pkcs11-module", "/none.so", "--token", "chips", "--pin-file", "/none.pin"),
+    ],
+    ids=["TPM", "token"],
+)
+def test_hardware_that_is_not_there_keeps_nothing_and_init_can_be_tried_again(
+    tmp_path: Path, chip: Path, options: tuple[str, ...]
+) -> None:
+    state = tmp_path / "state"
+
+    assert "/none" in complaint(4, "sp", "init", state, "--chip", chip, *options)
+    assert chip.exists()
+    assert list(state.iterdir()) == []
+    done("sp", "init", state, "--chip", chip)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seal-to-tpm", "device", "--pcrs", "0,24"),
+        ("--seal-to-tpm", "device", "--pcrs", "seven"),
+        ("--seal-to-tpm", "device", "--pcrs", ""),
+        ("--pkcs11-module", "/none.so", "--token", "chips"),
+        ("--token", "chips"),
+        ("--pin-file", "/none.pin"),
+        ("--seal-to-tpm", "device", "--pkcs11-module", "/none.so", "--token", "chips", "--pin-file", "/none.pin"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_name_no_hardware_are_refused(tmp_path: Path, chip: Path, options: tuple[str, ...]) -> None:
+    complaint(2, "sp", "init", tmp_path / "state", "--chip", chip, *options)
+    assert not (tmp_path / "state").exists()
+    assert chip.exists()
+
+
 def test_a_second_daemon_on_the_same_state(sp: RunningSp) -> None:
     assert f"another process uses {sp.state}" in complaint(4, "sp", "run", sp.state)
     assert sp.info(messages.LaunchVm(vm_id=sp.new_vm())).state == "running"

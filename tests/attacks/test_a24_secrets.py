@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spvtpm.processor.fuses import Fuses
-from spvtpm.processor.fuses.file import load_fuses
+from spvtpm.processor.fuses.keepers import load_fuses
 from spvtpm.wire.errors import SpvtpmError
 from spvtpm.wire.messages import LaunchVm, ParkVtpm
 from tests import tpm_commands as tpm

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spvtpm.processor.fuses import Fuses
-from spvtpm.processor.fuses.file import FileCounter, burn_fuses, load_fuses
+from spvtpm.processor.fuses.file import FileCounter
+from spvtpm.processor.fuses.keepers import HostTpm, Keeper, Pkcs11Token, burn_fuses, load_fuses
 from spvtpm.wire.errors import AlreadyInitialised, ChipFileError, FusesError
 from tests.harness import is_root
 from tests.papers import put_chip_file
@@ -72,7 +75,6 @@ def test_the_fuses_are_private(directory: Path, burnt: Fuses) -> None:
     assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == {"chip": 0o600, "counter": 0o600}
 
 
-@pytest.mark.attack("A26")
 def test_a_chip_is_moved_so_that_it_cannot_be_burnt_twice(directory: Path, chip_file: Path, burnt: Fuses) -> None:
     assert not chip_file.exists()
     with pytest.raises(ChipFileError, match="chip-1"):
@@ -168,6 +170,24 @@ def test_files_of_another_user_are_refused(directory: Path, burnt: Fuses, name: 
     os.chown(directory / name, 65533, 65533)
     with pytest.raises(FusesError, match="65533"):
         load_fuses(directory)
+
+
+@pytest.mark.parametrize(
+    ("keeper", "library", "extra"),
+    [
+        (HostTpm("device"), "tpm2_pytss", "spvtpm[host-tpm]"),
+        (Pkcs11Token("/none.so", "chips", "/none.pin"), "pkcs11", "spvtpm[pkcs11]"),
+    ],
+)
+def test_hardware_without_its_library_names_what_to_install(
+    directory: Path, chip_file: Path, monkeypatch: pytest.MonkeyPatch, keeper: Keeper, library: str, extra: str
+) -> None:
+    for module in ("host_tpm", "sealed_to_tpm", "pkcs11_token", "sealed_to_token"):
+        monkeypatch.delitem(sys.modules, f"spvtpm.processor.fuses.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(FusesError, match=re.escape(f"{library} is not installed: pip install '{extra}'")):
+        burn_fuses(directory, chip_file, keeper)
+    assert chip_file.exists()
 
 
 # The counter

@@ -276,10 +276,12 @@ class IntegrityError(StorageError):
 
 
 class FusesError(StorageError):
-    """What stands for the chip's fuses is missing, damaged or readable by others."""
+    """What stands for the chip's fuses is missing, damaged or readable by others, or the hardware does not open them."""
 
     code = "fuses"
-    hint = "Restore the fuses as they were, files with mode 0600, owned by the user that runs the secure processor."
+    hint = (
+        "Bring the fuses back as they were: private files of the user that runs this, and the TPM or token behind them."
+    )
 
 
 class ConfigError(StorageError):
