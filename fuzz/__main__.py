@@ -25,7 +25,7 @@ _EXAMPLES = """\
 examples:
   python -m fuzz --minutes 10                        all targets, ten minutes together
   python -m fuzz --minutes 60 --target direct --target native-direct
-  python -m fuzz --target fuses --replay build/fuzz/findings/fuses/crash-…
+  python -m fuzz --target counter --replay build/fuzz/findings/counter/crash-…
 
 Exit codes: 0 nothing found; 1 a finding, saved; 2 wrong usage."""
 

@@ -1,8 +1,7 @@
-"""Targets for files that somebody else may have written: fuses, configuration, and the NV store's database."""
+"""Targets for files that somebody else may have written: the fuses' counter, configuration, and the NV store's database."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
 import tempfile
@@ -16,7 +15,7 @@ import msgspec
 from fuzz.program import Program
 from fuzz.target import Target
 from spvtpm.processor.config import DEFAULT_TOML, SpConfig, load_config
-from spvtpm.processor.fuses import burn_fuses, load_fuses, new_fuses
+from spvtpm.processor.fuses.file import FileCounter
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.wire.errors import FusesError, IntegrityError, StorageError
 
@@ -38,30 +37,19 @@ def _write_private(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@cache
-def _good_fuses() -> bytes:
+def fuzz_counter(data: bytes) -> None:
+    """The fuses' counter: a number that grows by one, or an error that leaves the file as it was."""
     with _scratch() as folder:
-        burn_fuses(folder / "fuses", new_fuses())
-        return (folder / "fuses").read_bytes()
-
-
-def fuzz_fuses(data: bytes) -> None:
-    """The fuses file: raw, or with a right checksum over what the input says."""
-    program = Program(data)
-    if program.below(2):
-        inner = program.damage(bytes(msgspec.json.decode(_good_fuses(), type=dict[str, msgspec.Raw])["fuses"]))
-        digest = program.damage(hashlib.sha256(inner).hexdigest().encode())
-        content = b'{"format":1,"fuses":' + inner + b',"sha256":"' + digest + b'"}'
-    else:
-        content = program.rest()
-    with _scratch() as folder:
-        path = folder / "fuses"
-        _write_private(path, content)
+        path = folder / "counter"
+        _write_private(path, data)
+        counter = FileCounter(path)
         try:
-            fuses = load_fuses(path)
+            number = counter.read()
+            assert counter.increment() == number + 1, "a step is one"
         except FusesError:
+            assert path.read_bytes() == data, "what is no number stays as it is"
             return
-    assert len(fuses.chip_id) == 16 and len(fuses.storage_root_key) == 32, "fuses are whole"
+        assert counter.read() == number + 1, "a step is kept"
 
 
 def fuzz_config(data: bytes) -> None:
@@ -180,8 +168,8 @@ def _read_all(path: Path) -> None:
         store.close()
 
 
-def _seeds_fuses() -> Sequence[bytes]:
-    return (b"\0" + _good_fuses(), b"\1", b"\0{}", b"\0" + b"[" * 2000)
+def _seeds_counter() -> Sequence[bytes]:
+    return (b"0", b"41", b"-1", b"1_0", b" 7", b"9" * 19, b"9" * 20, b"9" * 21, "٣".encode())
 
 
 def _seeds_config() -> Sequence[bytes]:
@@ -205,14 +193,7 @@ _CONFIG_WORDS = (
 )
 
 STORAGE_TARGETS = (
-    Target(
-        "fuses",
-        "the fuses file",
-        fuzz_fuses,
-        _seeds_fuses,
-        (b'"format":', b'"fuses":', b'"sha256":', b'"chip_id":', b'"storage_root_key":'),
-        longest=6000,
-    ),
+    Target("counter", "the fuses' counter", fuzz_counter, _seeds_counter, (b"0", b"9" * 19), longest=32),
     Target("config", "the configuration file sp.toml", fuzz_config, _seeds_config, _CONFIG_WORDS, longest=6000),
     Target("nv_store", "a tampered NV database", fuzz_nv_store, _seeds_nv_store, examples=250, longest=512),
 )

@@ -103,10 +103,16 @@ def channel_chain(
     chip: Chip, firmware: int = 7, features: Features = ALL_FEATURES, start: datetime = NOW - DAY
 ) -> tuple[bytes, ...]:
     """What a secure processor on this chip shows, valid for a week."""
-    identity = ChannelIdentity(chip.chip_id, firmware, features)
+    return (channel_certificate(chip.issuer(), chip.chip_id, firmware, features, start), *chip.certificates)
+
+
+def channel_certificate(
+    chip: Issuer, chip_id: bytes, firmware: int = 7, features: Features = ALL_FEATURES, start: datetime = NOW - DAY
+) -> bytes:
+    """DER: a new channel key, certified by a chip."""
+    identity = ChannelIdentity(chip_id, firmware, features)
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    certificate = build_channel_certificate(chip.issuer(), key, identity, Validity.lasting(start, 7 * DAY))
-    return (der(certificate), *chip.certificates)
+    return der(build_channel_certificate(chip, key, identity, Validity.lasting(start, 7 * DAY)))
 
 
 def der(certificate: x509.Certificate) -> bytes:

@@ -17,6 +17,7 @@ from spvtpm import cli
 from spvtpm.guest.vm_key import create_vm_key
 from spvtpm.wire import messages
 from tests.harness import RunningSp
+from tests.papers import put_chip_file
 
 SPVTPM = (sys.executable, "-m", "spvtpm.cli")
 
@@ -90,6 +91,13 @@ def complaint(exit_code: int, *words: str | Path) -> str:
 def guest(sp: RunningSp, vm_id: uuid.UUID, key: Path | None = None) -> list[str | Path]:
     """`guest tcti` for a VM."""
     return ["guest", "tcti", "--interface", sp.interface(vm_id), "--key", key or sp.key_path(vm_id)]
+
+
+@pytest.fixture
+def chip(tmp_path: Path) -> Path:
+    """A chip file, fresh from the factory."""
+    put_chip_file(tmp_path / "chip")
+    return tmp_path / "chip"
 
 
 # Help
@@ -210,24 +218,28 @@ def test_with_json_an_error_is_json_too(tmp_path: Path) -> None:
     assert told.keys() == {"error", "message", "hint"}
 
 
-def test_a_directory_that_is_in_use_for_something_else_stays_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "sp.toml").write_text("mine")
+def test_a_directory_that_is_in_use_for_something_else_stays_as_it_is(tmp_path: Path, chip: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "sp.toml").write_text("mine")
 
-    assert "is not empty" in complaint(3, "sp", "init", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["sp.toml"]
-    assert (tmp_path / "sp.toml").read_text() == "mine"
+    assert "is not empty" in complaint(3, "sp", "init", state, "--chip", chip)
+    assert [path.name for path in state.iterdir()] == ["sp.toml"]
+    assert (state / "sp.toml").read_text() == "mine"
+    assert chip.exists()
 
 
-def test_a_path_that_leaves_no_room_for_sockets_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_path_that_leaves_no_room_for_sockets_is_refused_before_anything_is_made(tmp_path: Path, chip: Path) -> None:
     deep = tmp_path / ("d" * 60)
 
-    assert "there would be no room for sockets" in complaint(3, "sp", "init", deep)
+    assert "there would be no room for sockets" in complaint(3, "sp", "init", deep, "--chip", chip)
     assert not deep.exists()
+    assert chip.exists()
 
 
-def test_a_start_that_fails_ends(tmp_path: Path) -> None:
+def test_a_start_that_fails_ends(tmp_path: Path, chip: Path) -> None:
     state = tmp_path / "state"
-    done("sp", "init", state)
+    done("sp", "init", state, "--chip", chip)
     (state / "run").write_text("in the way")
 
     result = spvtpm("sp", "run", state)
@@ -257,19 +269,75 @@ def test_output_that_cannot_be_written_is_told(sp: RunningSp) -> None:
     assert (result.returncode, result.stderr) == (1, "spvtpm: cannot write the output: No space left on device\n")
 
 
-def test_a_secure_processor_is_made_once(tmp_path: Path) -> None:
+def test_a_secure_processor_is_made_once_and_takes_its_chip_in(tmp_path: Path, chip: Path) -> None:
     state = tmp_path / "state"
-    assert f"spvtpm sp run {state}" in done("sp", "init", state)
-    before = (state / "fuses").read_bytes()
+    assert f"spvtpm sp run {state}" in done("sp", "init", state, "--chip", chip)
+    before = (state / "fuses" / "chip").read_bytes()
 
-    assert "there is a secure processor in" in complaint(3, "sp", "init", state)
-    assert (state / "fuses").read_bytes() == before
+    assert str(chip) in complaint(4, "sp", "init", tmp_path / "another", "--chip", chip)
+    assert not (tmp_path / "another").exists()
+    put_chip_file(chip)
+    assert "there is a secure processor in" in complaint(3, "sp", "init", state, "--chip", chip)
+    assert (state / "fuses" / "chip").read_bytes() == before
+    assert chip.exists()
 
 
-def test_a_secure_processor_that_cannot_be_made_there(tmp_path: Path) -> None:
+def test_a_secure_processor_needs_a_chip(tmp_path: Path, chip: Path) -> None:
+    state = tmp_path / "state"
+    none = tmp_path / "none"
+    none.touch(mode=0o600)
+    none.write_bytes(b"{}")
+
+    assert "--chip" in spvtpm("sp", "init", state).stderr
+    assert "is damaged, or no chip file" in complaint(4, "sp", "init", state, "--chip", none)
+    chip.chmod(0o644)
+    assert "can be read by others" in complaint(4, "sp", "init", state, "--chip", chip)
+    assert not state.exists()
+
+
+def test_a_secure_processor_that_cannot_be_made_there(tmp_path: Path, chip: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    assert str(tmp_path / "file") in complaint(4, "sp", "init", tmp_path / "file" / "state")
+    assert str(tmp_path / "file") in complaint(4, "sp", "init", tmp_path / "file" / "state", "--chip", chip)
+    assert chip.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seal-to-tpm", "swtpm:path=/none"),
+        ("--pkcs11-module", "/none.so", "--token", "chips", "--pin-file", "/none.pin"),
+    ],
+    ids=["TPM", "token"],
+)
+def test_hardware_that_is_not_there_keeps_nothing_and_init_can_be_tried_again(
+    tmp_path: Path, chip: Path, options: tuple[str, ...]
+) -> None:
+    state = tmp_path / "state"
+
+    assert "/none" in complaint(4, "sp", "init", state, "--chip", chip, *options)
+    assert chip.exists()
+    assert list(state.iterdir()) == []
+    done("sp", "init", state, "--chip", chip)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seal-to-tpm", "device", "--pcrs", "0,24"),
+        ("--seal-to-tpm", "device", "--pcrs", "seven"),
+        ("--seal-to-tpm", "device", "--pcrs", ""),
+        ("--pkcs11-module", "/none.so", "--token", "chips"),
+        ("--token", "chips"),
+        ("--pin-file", "/none.pin"),
+        ("--seal-to-tpm", "device", "--pkcs11-module", "/none.so", "--token", "chips", "--pin-file", "/none.pin"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_name_no_hardware_are_refused(tmp_path: Path, chip: Path, options: tuple[str, ...]) -> None:
+    complaint(2, "sp", "init", tmp_path / "state", "--chip", chip, *options)
+    assert not (tmp_path / "state").exists()
+    assert chip.exists()
 
 
 def test_a_second_daemon_on_the_same_state(sp: RunningSp) -> None:
@@ -282,21 +350,21 @@ def test_a_state_directory_that_is_none(tmp_path: Path) -> None:
     assert "there is no secure processor in" in complaint(3, "sp", "run", tmp_path)
 
 
-def test_a_configuration_with_an_unknown_key(tmp_path: Path) -> None:
+def test_a_configuration_with_an_unknown_key(tmp_path: Path, chip: Path) -> None:
     state = tmp_path / "state"
-    done("sp", "init", state)
+    done("sp", "init", state, "--chip", chip)
     (state / "sp.toml").write_text("max_vmz = 3\n")
 
     assert "max_vmz" in complaint(4, "sp", "run", state)
 
 
-def test_damaged_fuses(tmp_path: Path) -> None:
+def test_damaged_fuses(tmp_path: Path, chip: Path) -> None:
     state = tmp_path / "state"
-    done("sp", "init", state)
-    fuses = state / "fuses"
-    fuses.write_bytes(fuses.read_bytes().replace(b'"chip_id":"', b'"chip_id":"A', 1))
+    done("sp", "init", state, "--chip", chip)
+    kept = state / "fuses" / "chip"
+    kept.write_bytes(kept.read_bytes().replace(b'"chip_id":"', b'"chip_id":"A', 1))
 
-    assert f"the fuses file {fuses} is damaged" in complaint(4, "sp", "run", state)
+    assert f"the fuses in {state / 'fuses'}: the chip file is damaged" in complaint(4, "sp", "run", state)
 
 
 # What the hypervisor may not do
@@ -333,7 +401,7 @@ def test_a_key_that_others_can_read(sp: RunningSp) -> None:
     vm_id = sp.launch()
     sp.key_path(vm_id).chmod(0o640)
 
-    assert "can be read by others: its mode must be 0600" in complaint(4, *guest(sp, vm_id))
+    assert "can be read by others" in complaint(4, *guest(sp, vm_id))
 
 
 def test_a_key_that_is_missing_or_none(sp: RunningSp, tmp_path: Path) -> None:
@@ -342,7 +410,7 @@ def test_a_key_that_is_missing_or_none(sp: RunningSp, tmp_path: Path) -> None:
     short.touch(mode=0o600)
     short.write_bytes(b"too short")
 
-    assert "cannot read the VM key" in complaint(4, *guest(sp, vm_id, tmp_path / "none.key"))
+    assert "no VM key" in complaint(4, *guest(sp, vm_id, tmp_path / "none.key"))
     assert "is no VM key: it must hold 32 bytes" in complaint(4, *guest(sp, vm_id, short))
 
 

@@ -129,7 +129,10 @@ def test_the_installed_package_runs_vtpms_far_from_the_repository(environment: P
 
 
 def test_the_installed_command_makes_a_secure_processor(environment: Path, state_directory: Path) -> None:
-    said = run(environment / "bin" / "spvtpm", "sp", "init", state_directory, cwd=state_directory.parent)
+    program, there = environment / "bin" / "spvtpm", state_directory.parent
+    run(program, "vendor", "init", "vendor", "--name", "Example Silicon", cwd=there)
+    run(program, "vendor", "manufacture", "vendor", "chip-1", cwd=there)
+    said = run(program, "sp", "init", state_directory, "--chip", "chip-1", cwd=there)
     assert f"made in {state_directory}" in said
     assert (state_directory / "nv.db").exists()
 

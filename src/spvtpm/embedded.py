@@ -35,7 +35,7 @@ from spvtpm.processor.worker.messages import (
     Start,
 )
 from spvtpm.processor.zygote_link import ZygoteLink
-from spvtpm.wire.errors import StorageError, WorkerError
+from spvtpm.wire.errors import IntegrityError, StorageError, WorkerError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES
 from spvtpm.wire.tpm_stream import ensure_started
@@ -92,7 +92,7 @@ class _InDirectory:
                 root_key = os.urandom(_ROOT_KEY_BYTES)
                 NvStore.create(directory / "nv.db", root_key)
                 create_file(directory / _ROOT_KEY, root_key)
-            self._store = NvStore(directory / "nv.db", read_file(directory / _ROOT_KEY, _ROOT_KEY_BYTES))
+            self._store = NvStore(directory / "nv.db", _read_root_key(directory / _ROOT_KEY))
         except BaseException:
             os.close(self._lock)
             raise
@@ -106,6 +106,13 @@ class _InDirectory:
     def close(self) -> None:
         self._store.close()
         os.close(self._lock)
+
+
+def _read_root_key(path: Path) -> bytes:
+    root_key = read_file(path, _ROOT_KEY_BYTES)
+    if len(root_key) != _ROOT_KEY_BYTES:
+        raise IntegrityError(f"{path} is damaged: it has {len(root_key)} bytes, not {_ROOT_KEY_BYTES}")
+    return root_key
 
 
 class _SharedZygote:

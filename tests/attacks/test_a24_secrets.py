@@ -11,17 +11,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from spvtpm.processor.fuses import load_fuses
+from spvtpm.processor.fuses import Fuses
+from spvtpm.processor.fuses.keepers import load_fuses
 from spvtpm.wire.errors import SpvtpmError
 from spvtpm.wire.messages import LaunchVm, ParkVtpm
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
 
 MARKER = b"nv-content-of-the-guest-0123456789abcdef"
-SP_SECRET_FILES = {"fuses"}
 
 
 def forms_of(secret: bytes) -> list[bytes]:
@@ -32,6 +31,15 @@ def forms_of(secret: bytes) -> list[bytes]:
 
 def contains(content: bytes, secret: bytes) -> bool:
     return any(form in content for form in forms_of(secret))
+
+
+def secrets_in(fuses: Fuses) -> dict[str, bytes]:
+    """What the chip holds."""
+    return {
+        "storage root key": fuses.storage_root_key,
+        "SpSecret": fuses.sp_secret.value,
+        "chip EK": fuses.endorsement.key.private_numbers().private_value.to_bytes(48, "big"),
+    }
 
 
 def open_to_others(pid: int) -> bytes:
@@ -53,7 +61,7 @@ class UsedSp:
         fuses = load_fuses(sp.state / "fuses")
         self.vm_id = sp.launch()
         self.secrets = {
-            "storage root key": fuses.storage_root_key,
+            **secrets_in(fuses),
             "VM key": sp.key_path(self.vm_id).read_bytes(),
             "NV content": MARKER,
         }
@@ -116,7 +124,7 @@ def test_no_secret_is_in_logs_errors_command_lines_environments_or_vm_memory(use
 @pytest.mark.attack("A24")
 def test_no_secret_is_in_the_state_directory_but_in_the_files_that_are_made_for_it(used: UsedSp) -> None:
     used.sp.stop()
-    allowed = {used.sp.state / "fuses", used.sp.key_path(used.vm_id)}
+    allowed = {used.sp.state / "fuses" / "chip", used.sp.key_path(used.vm_id)}
     files = [path for path in used.sp.state.rglob("*") if path.is_file() and path not in allowed]
     found = [
         (secret, path.name)
@@ -153,5 +161,7 @@ def test_no_process_of_the_sp_leaves_a_core_dump_or_can_be_read_by_its_own_user(
 @pytest.mark.attack("A24")
 def test_secrets_do_not_show_in_the_repr_of_what_holds_them(used: UsedSp) -> None:
     fuses = load_fuses(used.sp.state / "fuses")
-    assert not contains(repr(fuses).encode(), fuses.storage_root_key)
-    assert contains(msgspec.json.encode(fuses), fuses.storage_root_key), "the search works"
+    shown = f"{fuses!r} {fuses.sp_secret!r} {fuses.endorsement!r}".encode()
+    for name, secret in secrets_in(fuses).items():
+        assert not contains(shown, secret), name
+        assert contains(repr([secret]).encode(), secret), "the search works"

@@ -18,14 +18,15 @@ from spvtpm.processor.daemon import initialise
 from spvtpm.wire import messages
 from spvtpm.wire.errors import (
     AlreadyExists,
-    FusesError,
+    AlreadyInitialised,
+    ChipFileError,
     IntegrityError,
     NotFound,
-    SpvtpmError,
     StorageError,
 )
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
+from tests.papers import put_chip_file
 
 pytestmark = pytest.mark.attack("A15")
 
@@ -40,20 +41,53 @@ def lose_store(state: Path) -> None:
 
 
 def lose_fuses(state: Path) -> None:
-    (state / "fuses").unlink()
+    shutil.rmtree(state / "fuses")
 
 
-def damage_fuses(state: Path) -> None:
-    (state / "fuses").write_bytes(b"{}")
+def lose_chip(state: Path) -> None:
+    (state / "fuses" / "chip").unlink()
 
 
-def show_fuses(state: Path) -> None:
-    (state / "fuses").chmod(0o644)
+def damage_chip(state: Path) -> None:
+    (state / "fuses" / "chip").write_bytes(b"{}")
 
 
-def take_anothers_fuses(state: Path) -> None:
+def show_chip(state: Path) -> None:
+    (state / "fuses" / "chip").chmod(0o644)
+
+
+def take_anothers_chip(state: Path) -> None:
+    (state / "fuses" / "chip").unlink()
+    put_chip_file(state / "fuses" / "chip")
+
+
+def lose_counter(state: Path) -> None:
+    (state / "fuses" / "counter").unlink()
+
+
+def damage_counter(state: Path) -> None:
+    (state / "fuses" / "counter").write_bytes(b"many")
+
+
+def lose_root_key(state: Path) -> None:
+    (state / "root-key").unlink()
+
+
+def shorten_root_key(state: Path) -> None:
+    (state / "root-key").write_bytes(bytes(31))
+
+
+def lengthen_root_key(state: Path) -> None:
+    (state / "root-key").write_bytes(bytes(33))
+
+
+def show_root_key(state: Path) -> None:
+    (state / "root-key").chmod(0o644)
+
+
+def take_anothers_root_key(state: Path) -> None:
     VTPM(state.with_name("another")).close()
-    shutil.copy(state.with_name("another") / "fuses", state / "fuses")
+    shutil.copy(state.with_name("another") / "root-key", state / "root-key")
 
 
 def take_anothers_store(state: Path) -> None:
@@ -80,7 +114,7 @@ def alter_index(state: Path) -> None:
 
 
 def everything_in(state: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in state.iterdir() if path.is_file()}
+    return {str(path.relative_to(state)): path.read_bytes() for path in state.rglob("*") if path.is_file()}
 
 
 def put_right(state: Path, backup: Path) -> None:
@@ -118,9 +152,12 @@ class StoppedSp:
     [
         (lose_store, "nv.db is missing"),
         (lose_fuses, "fuses"),
-        (damage_fuses, "fuses"),
-        (show_fuses, "can be read by others"),
-        (take_anothers_fuses, "index/root is altered, or belongs to another secure processor"),
+        (lose_chip, "fuses/chip"),
+        (damage_chip, "fuses"),
+        (show_chip, "can be read by others"),
+        (take_anothers_chip, "index/root is altered, or belongs to another secure processor"),
+        (lose_counter, "fuses/counter"),
+        (damage_counter, "fuses/counter holds no number"),
         (take_anothers_store, "index/root is altered, or belongs to another secure processor"),
         (remove_vtpm, "NV record vtpm/"),
         (add_vtpm, "was added to the store from outside"),
@@ -212,11 +249,23 @@ def test_a_state_in_which_nothing_was_initialised_is_refused(state_directory: Pa
 
 @pytest.mark.attack("A16")
 def test_a_state_is_initialised_once(state_directory: Path) -> None:
-    initialise(state_directory)
+    chip_file = state_directory.with_name("chip")
+    put_chip_file(chip_file)
+    initialise(state_directory, chip_file)
     before = everything_in(state_directory)
-    with pytest.raises(SpvtpmError):
-        initialise(state_directory)
+    put_chip_file(chip_file)
+    with pytest.raises(AlreadyInitialised):
+        initialise(state_directory, chip_file)
     assert everything_in(state_directory) == before
+    assert chip_file.exists()
+
+
+def test_nothing_is_made_of_what_is_no_chip_file(state_directory: Path) -> None:
+    chip_file = state_directory.with_name("chip")
+    chip_file.touch(mode=0o600)
+    with pytest.raises(ChipFileError):
+        initialise(state_directory, chip_file)
+    assert not state_directory.exists()
 
 
 # An embedded vTPM
@@ -229,9 +278,11 @@ NV_INDEX = 0x01500021
     ("damage", "error"),
     [
         (lose_store, IntegrityError),
-        (damage_fuses, FusesError),
-        (show_fuses, FusesError),
-        (take_anothers_fuses, IntegrityError),
+        (lose_root_key, StorageError),
+        (shorten_root_key, IntegrityError),
+        (lengthen_root_key, StorageError),
+        (show_root_key, StorageError),
+        (take_anothers_root_key, IntegrityError),
         (take_anothers_store, IntegrityError),
         (alter_vtpm, IntegrityError),
         (remove_vtpm, IntegrityError),

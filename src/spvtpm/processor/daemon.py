@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import resource
+import shutil
 import signal
 import uuid
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
 from spvtpm.processor.channel_port import ChannelPort
 from spvtpm.processor.config import DEFAULT_TOML, load_config
 from spvtpm.processor.fuses import Fuses
-from spvtpm.processor.fuses.file import burn_fuses, load_fuses, read_chip_file
+from spvtpm.processor.fuses.keepers import IN_DIRECTORY, Keeper, burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
 from spvtpm.processor.ledger import Ledger
@@ -46,22 +47,24 @@ from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire import messages
-from spvtpm.wire.errors import AlreadyInitialised, NoSecureProcessor, StorageError
+from spvtpm.wire.errors import AlreadyInitialised, FusesError, NoSecureProcessor, StorageError
 
 log = logging.getLogger(__name__)
 
 _LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}.sock"
 
 
-def initialise(state: Path, chip_file: Path) -> Fuses:
+def initialise(state: Path, chip_file: Path, keeper: Keeper = IN_DIRECTORY) -> Fuses:
     """Makes a new secure processor in an empty directory: configuration, NV store, and fuses last of all.
 
     Args:
         state: the directory; made if it is missing.
         chip_file: as the vendor made it; it is moved into the fuses.
+        keeper: what keeps the chip's secrets.
 
     Raises:
         ChipFileError: it is no chip file.
+        FusesError: the keeper does not take it; the directory is empty again.
         AlreadyInitialised: there is one in this directory.
         NoSecureProcessor: the directory is not empty, or its path too long for the sockets in it.
         StorageError: it cannot be written.
@@ -79,7 +82,11 @@ def initialise(state: Path, chip_file: Path) -> Fuses:
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or state}: {error.strerror}") from None
     NvStore.create(state / "nv.db", chip.storage_root_key)
-    return burn_fuses(state / "fuses", chip_file)
+    try:
+        return burn_fuses(state / "fuses", chip_file, keeper)
+    except FusesError:
+        _empty(state)  # so that it can be tried again
+        raise
 
 
 class SecureProcessor:
@@ -193,6 +200,14 @@ class SecureProcessor:
                 return messages.Status(self._fuses.chip_id.hex(), version("spvtpm"), vms, active, parked, self._missing)
             case _:
                 assert_never(request)
+
+
+def _empty(state: Path) -> None:
+    for path in state.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_length(state: Path) -> None:

@@ -276,10 +276,12 @@ class IntegrityError(StorageError):
 
 
 class FusesError(StorageError):
-    """The file that stands for the chip's fuses is missing, damaged or readable by others."""
+    """What stands for the chip's fuses is missing, damaged or readable by others, or the hardware does not open them."""
 
     code = "fuses"
-    hint = "Restore the fuses file with mode 0600, owned by the user that runs the secure processor."
+    hint = (
+        "Bring the fuses back as they were: private files of the user that runs this, and the TPM or token behind them."
+    )
 
 
 class ConfigError(StorageError):

@@ -1,6 +1,6 @@
 """Where the chip's own secrets live, and its monotonic counter. One module for each place that can keep them.
 
-Today: `file.py`, a directory that stands for fuses, for development and for tests.
+`keepers.py` says which there are, and is where the rest of the secure processor asks.
 """
 
 from __future__ import annotations
