@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import MessageError, SpvtpmError
+from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
 VERSION = 1
 _VERSION_BYTE = bytes([VERSION])
@@ -161,6 +162,16 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     missing_protection: list[str]
 
 
+class Endorsement(VtpmEndorsement, frozen=True, tag=True):
+    """The certificates of a vTPM's endorsement keys; public. The owner's channel has the same answer.
+
+    Attributes:
+        vtpm_id: the vTPM.
+    """
+
+    vtpm_id: uuid.UUID
+
+
 class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Not carried out.
 
@@ -178,7 +189,7 @@ def error_reply(error: SpvtpmError) -> ErrorReply:
     return ErrorReply(error.code, str(error)[:_MAX_SENTENCE])
 
 
-Reply = VmInfo | VmList | Status | ErrorReply
+Reply = VmInfo | VmList | Status | Endorsement | ErrorReply
 
 _Message = TypeVar("_Message")
 _encoder = msgspec.msgpack.Encoder()
