@@ -27,6 +27,7 @@ from typing import assert_never
 from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
 from spvtpm.processor.channel_port import ChannelPort
 from spvtpm.processor.config import DEFAULT_TOML, load_config
+from spvtpm.processor.endorser import Endorser
 from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.file import burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
@@ -149,7 +150,8 @@ class SecureProcessor:
         await guard.milestone([])
         cleanup.push_async_callback(guard.close)
         table = VmTable(self._config.max_vms)
-        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids, table.fail)
+        endorser = Endorser(self._fuses)
+        services = VtpmServices(self._store, commit, endorser, pool, ParkingLot(), runtime, uids, table.fail)
         vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
         self._security = SecurityManager(self._store, commit, guard, table, vtpms)
@@ -186,6 +188,8 @@ class SecureProcessor:
                 return await security.park(request.vm_id)
             case messages.WakeVtpm():
                 return await security.wake(request.vm_id)
+            case messages.GetEndorsement():
+                return security.endorsement(request.vm_id)
             case messages.ListVms():
                 return security.list(request.after)
             case messages.GetStatus():

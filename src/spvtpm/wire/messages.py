@@ -83,6 +83,12 @@ class WakeVtpm(_Request, frozen=True):
     vm_id: uuid.UUID
 
 
+class GetEndorsement(_Request, frozen=True):
+    """The certificates of a VM's vTPM's endorsement keys, as the secure processor keeps them. → `Endorsement`."""
+
+    vm_id: uuid.UUID
+
+
 class ListVms(_Request, frozen=True):
     """The VMs by id, a page at a time: those after `after`. → `VmList`."""
 
@@ -93,7 +99,19 @@ class GetStatus(_Request, frozen=True):
     """How the secure processor is. → `Status`."""
 
 
-Request = LaunchVm | CreateVtpm | StartVm | ResetVm | StopVm | HibernateVm | ParkVtpm | WakeVtpm | ListVms | GetStatus
+Request = (
+    LaunchVm
+    | CreateVtpm
+    | StartVm
+    | ResetVm
+    | StopVm
+    | HibernateVm
+    | ParkVtpm
+    | WakeVtpm
+    | GetEndorsement
+    | ListVms
+    | GetStatus
+)
 
 
 class VtpmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
