@@ -43,8 +43,8 @@ from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.processor.vm_table import VmTable
-from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
+from spvtpm.processor.vtpm_services import VtpmServices
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire import messages
 from spvtpm.wire.errors import AlreadyInitialised, NoSecureProcessor, StorageError

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 
 from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.nv_store import NvStore
+from spvtpm.processor.vtpm_records import endorsement_name
 from spvtpm.processor.worker.messages import Endorse
 from spvtpm.wire.ek_templates import EK_TEMPLATES
 from spvtpm.wire.endorsement_certificates import TpmMake, build_ek_certificate
 from spvtpm.wire.errors import CertificateError, IntegrityError, MessageError
 from spvtpm.wire.vtpm_endorsement import VtpmEndorsement, parse_endorsement
-
-ENDORSEMENT_PREFIX = "endorsement/"
-
-
-def endorsement_name(vtpm_id: uuid.UUID) -> str:
-    """Name of the NV record with a vTPM's `VtpmEndorsement`."""
-    return f"{ENDORSEMENT_PREFIX}{vtpm_id}"
 
 
 def read_endorsement(store: NvStore, vtpm_id: uuid.UUID) -> VtpmEndorsement:

@@ -15,12 +15,12 @@ import time
 import uuid
 from dataclasses import dataclass
 
-from spvtpm.processor.endorser import endorsement_name, read_endorsement
+from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.ledger import Entry
 from spvtpm.processor.owner_commands import Estate
 from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
 from spvtpm.processor.vm_table import block_change
-from spvtpm.processor.vtpm import hibernated_name, record_name
+from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
 from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
 from spvtpm.wire.errors import ExportSuperseded, InstanceFileError, StaleInstance, WrongInstanceKeys
 from spvtpm.wire.instance_file import (

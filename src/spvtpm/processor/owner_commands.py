@@ -214,7 +214,7 @@ class OwnerCommands:
         block = self._estate.owned(self._owner, vm_id)
         if block.vtpm_id is None:
             raise NotFound(f"VM {vm_id} has no vTPM")
-        return self._estate.vtpms.get(block.vtpm_id).endorsement()
+        return self._estate.vtpms.endorsement(block.vtpm_id)
 
     def _mine(self) -> Iterator[VmSecurityBlock]:
         return (block for block in self._estate.table if block.ownership.owner == self._owner)

@@ -14,15 +14,10 @@ from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.vm_table import VmTable, block_change
-from spvtpm.processor.vtpm import (
-    RECORD_PREFIXES,
-    Commit,
-    Residency,
-    Vtpm,
-    hibernated_name,
-    record_names,
-)
+from spvtpm.processor.vtpm import Residency, Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
+from spvtpm.processor.vtpm_records import RECORD_PREFIXES, hibernated_name, record_names
+from spvtpm.processor.vtpm_services import Commit
 from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
 from spvtpm.wire.messages import PAGE_VMS, Endorsement, VmInfo, VmList, VtpmInfo
 
@@ -267,7 +262,7 @@ class SecurityManager:
             NotFound, WrongState: there is none.
             IntegrityError: the record is missing or altered.
         """
-        return self._vtpm(self._table.get(vm_id)).endorsement()
+        return self._vtpms.endorsement(self._vtpm(self._table.get(vm_id)).vtpm_id)
 
     def list(self, after: uuid.UUID | None) -> VmList:
         """A page of VMs, ordered by id: those after `after`."""

@@ -12,17 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import Enum
-from pathlib import Path
 
-from spvtpm.processor.endorser import ENDORSEMENT_PREFIX, Endorser, endorsement_name, read_endorsement
 from spvtpm.processor.interfaces.direct import publish_outage
 from spvtpm.processor.interfaces.offer import InterfaceOffer
-from spvtpm.processor.nv_store import Change, NvStore
-from spvtpm.processor.parking import ParkingLot
+from spvtpm.processor.nv_store import Change
 from spvtpm.processor.pcr_banks import check_pcr_banks
+from spvtpm.processor.vtpm_records import endorsement_name, record_name
+from spvtpm.processor.vtpm_services import VtpmServices
 from spvtpm.processor.worker.messages import (
     DirectPort,
     Endorse,
@@ -35,11 +33,10 @@ from spvtpm.processor.worker.messages import (
     Start,
     StillBusy,
 )
-from spvtpm.processor.worker_pool import Worker, WorkerPool
+from spvtpm.processor.worker_pool import Worker
 from spvtpm.processor.worker_session import WorkerSession, misbehaviour
 from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import SpvtpmError, WorkerError, WrongState
-from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.vtpm_endorsement import encode_endorsement
 
 log = logging.getLogger(__name__)
@@ -58,57 +55,6 @@ class Residency(Enum):
     ACTIVE = "active"
     PARKED = "parked"
     FAILED = "failed"
-
-
-Commit = Callable[[Sequence[Change]], Coroutine[None, None, None]]
-"""Returns once the changes are durable, or raises `StorageError`."""
-
-
-@dataclass(frozen=True, slots=True)
-class VtpmServices:
-    """What every vTPM of an SP shares.
-
-    Attributes:
-        store: non-volatile storage, for reading.
-        commit: makes changes to it durable.
-        endorser: certifies the EKs of new vTPMs.
-        pool: worker processes.
-        parking: parked states.
-        runtime: directory of interface sockets.
-        allowed_uids: who may take interfaces.
-        on_failure: told of each VM whose vTPM died by itself, and why.
-    """
-
-    store: NvStore
-    commit: Commit
-    endorser: Endorser
-    pool: WorkerPool
-    parking: ParkingLot
-    runtime: Path
-    allowed_uids: frozenset[int]
-    on_failure: Callable[[uuid.UUID, str], None]
-
-
-VTPM_PREFIX = "vtpm/"
-HIBERNATED_PREFIX = "hibernated/"
-
-RECORD_PREFIXES = (VTPM_PREFIX, HIBERNATED_PREFIX, ENDORSEMENT_PREFIX)
-"""Of all NV records that belong to vTPMs."""
-
-
-def record_name(vtpm_id: uuid.UUID) -> str:
-    """Name of the NV record with the vTPM's permanent state."""
-    return f"{VTPM_PREFIX}{vtpm_id}"
-
-
-def hibernated_name(vtpm_id: uuid.UUID) -> str:
-    """Name of the NV record with the volatile state of a vTPM whose VM is hibernated."""
-    return f"{HIBERNATED_PREFIX}{vtpm_id}"
-
-
-def record_names(vtpm_id: uuid.UUID) -> tuple[str, ...]:
-    """Names of all NV records that a vTPM can have."""
-    return record_name(vtpm_id), hibernated_name(vtpm_id), endorsement_name(vtpm_id)
 
 
 def _nothing() -> None:
@@ -156,15 +102,6 @@ class Vtpm:
         async with self._lock:
             start = Start(self._port(boot_id, boot_key), endorsed=True, pcr_banks=sorted(pcr_banks))
             await self._begin_boot(start, with_changes)
-
-    def endorsement(self) -> Endorsement:
-        """The certificates of its EKs, as this SP keeps them: what the guest has in his NV does not matter here.
-
-        Raises:
-            IntegrityError: they are missing or altered.
-        """
-        kept = read_endorsement(self._services.store, self.vtpm_id)
-        return Endorsement(vtpm_id=self.vtpm_id, certificates=kept.certificates, issuer=kept.issuer)
 
     async def power_on(self, boot_id: bytes, boot_key: bytes, volatile: bytes | None = None) -> None:
         """Begins a boot from the durable state.

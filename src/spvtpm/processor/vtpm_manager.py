@@ -11,9 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.nv_store import Change
-from spvtpm.processor.vtpm import Commit, Residency, Vtpm, VtpmServices, record_names
+from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.vtpm_records import record_names
+from spvtpm.processor.vtpm_services import Commit, VtpmServices
 from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
+from spvtpm.wire.messages import Endorsement
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,15 @@ class VtpmManager:
             return self._vtpms[vtpm_id]
         except KeyError:
             raise NotFound(f"there is no vTPM {vtpm_id}") from None
+
+    def endorsement(self, vtpm_id: uuid.UUID) -> Endorsement:
+        """The certificates of a vTPM's EKs as this SP keeps them: what the guest has in his NV does not matter here.
+
+        Raises:
+            IntegrityError: they are missing or altered.
+        """
+        kept = read_endorsement(self._services.store, vtpm_id)
+        return Endorsement(vtpm_id=vtpm_id, certificates=kept.certificates, issuer=kept.issuer)
 
     def count(self) -> Counter[Residency]:
         """How many vTPMs live where."""

@@ -9,7 +9,7 @@ from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
 from spvtpm.processor.worker.making import NewTpm
 from spvtpm.processor.worker.messages import Endorse, Endorsed, Start
-from spvtpm.processor.worker.packing import pack_volatile
+from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
 from spvtpm.processor.worker.tpm_commands import SHUTDOWN_CLEAR
 from spvtpm.wire.ek_templates import EK_TEMPLATES, EkTemplate
 
