@@ -53,6 +53,7 @@ MALFORMED = (
     Warning,
     x509.InvalidVersion,
     x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
 )
 """What `cryptography` raises for bytes that are no certificate or revocation list, some of it only when a field is read.
 

@@ -138,6 +138,8 @@ def parse_ek_certificate(der: bytes) -> EkCertificate:
         return _read(certificate)
     except MALFORMED:
         raise CertificateError("the EK certificate is malformed: no X.509 certificate in strict DER") from None
+    except x509.ExtensionNotFound:
+        raise CertificateError("the EK certificate lacks an extension of its profile") from None
     except CertificateError as error:
         raise CertificateError(f"the EK certificate {error}") from None
 
