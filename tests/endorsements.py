@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from spvtpm.wire.certificate_policies import AllOf, Purpose
+from spvtpm.wire.certificate_policies import AllOf, Purpose, genuine
 from spvtpm.wire.ek_templates import ECC_P256, ECC_P384, EK_TEMPLATES, EkTemplate
 from spvtpm.wire.endorsement_certificates import EkCertificate, TpmMake, build_ek_certificate
 from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
@@ -43,4 +43,5 @@ def new_endorsement(papers: Papers, vtpm_id: uuid.UUID = VTPM) -> VtpmEndorsemen
 
 def todays_policy() -> AllOf:
     """What somebody who trusts the test's vendor asks of a chip now."""
-    return todays_papers().genuine(Purpose.CHIP, datetime.now(UTC))
+    papers, now = todays_papers(), datetime.now(UTC)
+    return genuine(Purpose.CHIP, [papers.root.certificate], papers.revocation_list(at=now.replace(microsecond=0)), now)

@@ -235,7 +235,7 @@ def test_openssl_agrees_with_the_chain_and_refuses_another(template: EkTemplate,
 
     def verify(leaf: Path, chain: tuple[bytes, ...]) -> bool:
         root, between = write(f"root-{leaf.name}", chain[2]), write(f"between-{leaf.name}", *chain[:2])
-        command = [
+        command: list[str | Path] = [
             "openssl",
             "verify",
             "-x509_strict",
@@ -259,8 +259,8 @@ def test_an_endorsement_is_read_within_its_bounds() -> None:
     assert parse_endorsement(encode_endorsement(endorsement)) == endorsement
     certificate = b"\x30"
     for wrong in (
-        VtpmEndorsement(certificates=(certificate,) * 9, issuer=(certificate,) * 3),  # type: ignore[arg-type]
-        VtpmEndorsement(certificates=(bytes(2049),), issuer=(certificate,) * 3),  # type: ignore[arg-type]
+        VtpmEndorsement(certificates=(certificate,) * 9, issuer=(certificate,) * 3),
+        VtpmEndorsement(certificates=(bytes(2049),), issuer=(certificate,) * 3),
         VtpmEndorsement(certificates=(), issuer=(certificate, b"", certificate)),
     ):
         with pytest.raises(MessageError):
