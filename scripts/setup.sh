@@ -44,7 +44,7 @@ logged() {
 # libtpms: the TPM. libssl: frames in VM memory. libseccomp: the workers' sandbox. The TPM client libraries of the `cmd` and `swtpm` kind: how
 # tpm2-tools reaches a vTPM. libc6-dev: without recommended packages gcc comes alone.
 packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2-tcti-cmd0 libtss2-tcti-swtpm0 openssl"
-test_packages="libtss2-dev pkgconf swtpm" # tpm2-pytss is compiled here; the benchmarks compare with swtpm
+test_packages="libtss2-dev pkgconf swtpm swtpm-tools" # tpm2-pytss is compiled here; the benchmarks compare with swtpm
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;
