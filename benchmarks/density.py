@@ -113,7 +113,7 @@ class _Ours:
         self.grow(1)
         self.park_all()
         self.answers()
-        self._sp.call(messages.DecommissionVm(vm_id=self._vms.pop()))
+        self._sp.destroy(self._vms.pop())
 
     def grow(self, count: int) -> None:
         """Launches VMs until there are `count`; each vTPM has answered twice."""

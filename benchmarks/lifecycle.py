@@ -14,16 +14,18 @@ from tests.tpm_commands import checked, get_random, startup
 
 from benchmarks.report import Figure, Row, Section
 from benchmarks.roundtrip import Progress, no_garbage_collection
-from benchmarks.swtpm import Swtpm
+from benchmarks.swtpm import Swtpm, SwtpmSetup
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import messages
 
 _SAMPLES = 40
 _BURST = 10
 _PAUSE_S = 0.03
 """Between two samples "at rest": long enough for the SP to have a spare worker ready again."""
+
+_BLANK_PAUSE_S = 0.3
+"""The same for a blank TPM, which makes an RSA key first."""
 
 _clock = time.perf_counter_ns
 
@@ -43,7 +45,7 @@ def _first_answer(sp: RunningSp, vm_id: uuid.UUID, vm_key: bytes) -> None:
 
 def _boot(sp: RunningSp, vm_id: uuid.UUID, request: messages.Request) -> tuple[int, int]:
     """Nanoseconds to the hypervisor's reply, and to the guest's first answer."""
-    vm_key = read_vm_key(sp.key_path(vm_id))
+    vm_key = sp.key(vm_id)
     begin = _clock()
     sp.info(request)
     replied = _clock()
@@ -85,12 +87,30 @@ class _Lifecycle:
                 replies.append(replied)
                 ours.append(answered)
             for vm_id in vms:
-                self._sp.call(messages.DecommissionVm(vm_id=vm_id))
+                self._sp.destroy(vm_id)
             states = [self._new_state() for _ in range(burst)]
             _rest(pause_s)
             with ExitStack() as running:
                 theirs += [_boot_swtpm(self._swtpm_path, state, running) for state in states]
         return replies, ours, theirs
+
+    def create_certified(self, count: int, setup: SwtpmSetup) -> tuple[list[int], list[int]]:
+        """New vTPMs with EK certificates by their chip; new swtpm states with such by a local CA, and swtpm on them."""
+        ours: list[int] = []
+        theirs: list[int] = []
+        for _ in range(count):
+            vm_id = self._sp.new_vm()
+            _rest(_BLANK_PAUSE_S)
+            ours.append(_boot(self._sp, vm_id, messages.LaunchVm(vm_id=vm_id))[1])
+            self._sp.destroy(vm_id)
+            state = self._new_state()
+            _rest(_BLANK_PAUSE_S)
+            with ExitStack() as running:
+                begin = _clock()
+                setup.make(state)
+                _boot_swtpm(self._swtpm_path, state, running)
+                theirs.append(_clock() - begin)
+        return ours, theirs
 
     def power_on(self, count: int) -> tuple[list[int], list[int]]:
         """One vTPM of each kind, stopped and powered on again and again from its stored state."""
@@ -106,7 +126,7 @@ class _Lifecycle:
             _rest(_PAUSE_S)
             with ExitStack() as running:
                 theirs.append(_boot_swtpm(self._swtpm_path, state, running))
-        self._sp.call(messages.DecommissionVm(vm_id=vm_id))
+        self._sp.destroy(vm_id)
         return ours, theirs
 
     def wake(self, count: int, pause_s: float) -> list[int]:
@@ -122,7 +142,7 @@ class _Lifecycle:
                 response = driver.transmit(get_random(32))
                 times.append(_clock() - begin)
                 checked(response)
-        self._sp.call(messages.DecommissionVm(vm_id=vm_id))
+        self._sp.destroy(vm_id)
         return times
 
 
@@ -133,10 +153,11 @@ def measure_lifecycle(sp: RunningSp, swtpm_path: str, scratch: Path, *, quick: b
     lifecycle = _Lifecycle(sp, swtpm_path, scratch)
     with no_garbage_collection():
         progress("create, at rest")
-        replies, ours, theirs = lifecycle.create(samples, 1, _PAUSE_S)
+        replies, ours, theirs = lifecycle.create(samples, 1, _BLANK_PAUSE_S)
         rest = "LaunchVm … connect, Startup, GetRandom answered; swtpm: spawn … GetRandom answered"
-        section.rows.append(_row("create → first answer, at rest", ours, theirs, 1.0, rest))
+        section.rows.append(_row("create → first answer, at rest", ours, theirs, None, rest))
         section.rows.append(_row("  of it: LaunchVm → reply", replies, None, None, "made, durable, serving"))
+        _measure_certified(lifecycle, section, scratch, samples=max(5, samples // 8), progress=progress)
         progress("create, in a burst")
         _replies, ours, theirs = lifecycle.create(samples, _BURST, _PAUSE_S)
         burst = f"{_BURST} back to back: ours has spare workers for the first few only"
@@ -152,13 +173,29 @@ def measure_lifecycle(sp: RunningSp, swtpm_path: str, scratch: Path, *, quick: b
         ):
             section.rows.append(_row(name, lifecycle.wake(samples, pause_s), None, None, note))
     section.notes.append(
-        "Both make a TPM of their own with libtpms; ours is durable when LaunchVm answers, swtpm's is not."
+        "Both make a TPM of their own with libtpms; ours has EK certificates and is durable when LaunchVm answers, swtpm's is "
+        "neither, but for the row that says so."
     )
     section.notes.append(
         "Before each turn all that was left unwritten is synced, so that ours does not pay for swtpm's."
     )
     section.notes.append("Not timed: writing our VM's key file, making swtpm's state directory, and ending either.")
     return section
+
+
+def _measure_certified(
+    lifecycle: _Lifecycle, section: Section, scratch: Path, *, samples: int, progress: Progress
+) -> None:
+    name = "create with EK certificates → first answer"
+    try:
+        setup = SwtpmSetup(scratch / "local-ca")
+    except FileNotFoundError as error:
+        section.notes.append(f'Left out: "{name}": {error}')
+        return
+    progress("create with EK certificates")
+    ours, theirs = lifecycle.create_certified(samples, setup)
+    note = "three EKs, from the pool; swtpm: swtpm_setup --create-ek-cert --create-platform-cert, spawn … answered"
+    section.rows.append(_row(name, ours, theirs, 0.02, note))
 
 
 def _row(name: str, ours: list[int], theirs: list[int] | None, target: float | None, note: str) -> Row:

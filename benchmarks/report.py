@@ -69,7 +69,7 @@ class Row:
         if self.target is None:
             return None
         measured = self.ours.p50 if self.ratio is None else self.ratio
-        return round(measured, 2) <= self.target  # as it is printed
+        return round(measured, 3 if self.target < 1 else 2) <= self.target  # as it is printed
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ def _figure(figure: Figure | None, unit: str) -> tuple[str, str]:
 def _verdict(row: Row) -> str:
     text = "" if row.target is None else f"target ≤ {_number(row.target)}"
     if row.ratio is not None:
-        text = f"{row.ratio:.2f}"
+        text = f"{row.ratio:.3f}" if row.ratio < 0.1 else f"{row.ratio:.2f}"
     if row.reached is None:
         return text
     return f"[bold {'green' if row.reached else 'red'}]{text}[/]"

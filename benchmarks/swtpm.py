@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import socket
 import struct
@@ -34,6 +35,50 @@ def swtpm_version(path: str) -> str:
     """Its version, as it says itself: "0.7.1"."""
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     return said.removeprefix("TPM emulator version ").partition(",")[0].strip()
+
+
+class SwtpmSetup:
+    """Makes states for swtpm with `swtpm_setup`, certified by a local CA of its own.
+
+    Args:
+        directory: for the CA; made.
+
+    Raises:
+        FileNotFoundError: a program is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        for program in ("swtpm_setup", "swtpm_localca", "swtpm_cert"):
+            if shutil.which(program) is None:
+                raise FileNotFoundError(f"no {program} to compare with: install the package `swtpm-tools`")
+        directory.mkdir()
+        self._config = directory / "setup.conf"
+        tool = f"{shutil.which('swtpm_localca')}"
+        options, ca = directory / "options", directory / "ca.conf"
+        self._config.write_text(
+            f"create_certs_tool = {tool}\ncreate_certs_tool_config = {ca}\ncreate_certs_tool_options = {options}\n"
+        )
+        files = {"signingkey": "key.pem", "issuercert": "issuer.pem", "certserial": "serial"}
+        ca.write_text(
+            f"statedir = {directory}\n" + "".join(f"{key} = {directory / name}\n" for key, name in files.items())
+        )
+        options.write_text("--platform-manufacturer Example\n--platform-version 1\n--platform-model Example\n")
+        first = directory / "first"
+        first.mkdir()
+        self.make(first)  # the CA itself is made with the first state
+
+    def make(self, state: Path) -> None:
+        """A TPM with certificates of EK and platform, in an empty directory."""
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        subprocess.run(
+            [
+                *("swtpm_setup", "--tpm2", "--runas", user, "--tpmstate", state, "--config", self._config),
+                *("--create-ek-cert", "--create-platform-cert"),
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+        )
 
 
 class Swtpm:

@@ -44,8 +44,8 @@ logged() {
 # libtpms: the TPM. libssl: frames in VM memory. libseccomp: the workers' sandbox. The TPM client libraries of the `cmd` and `swtpm` kind: how
 # tpm2-tools reaches a vTPM. libc6-dev: without recommended packages gcc comes alone.
 packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2-tcti-cmd0 libtss2-tcti-swtpm0 openssl"
-# tpm2-pytss is compiled here. swtpm: the benchmarks compare with it, and it is the host's TPM. softhsm2: a PKCS#11 token.
-test_packages="libtss2-dev pkgconf swtpm softhsm2"
+# tpm2-pytss is compiled here. swtpm and its tools: the benchmarks compare with them, and it is the host's TPM. softhsm2: a PKCS#11 token.
+test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2"
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;

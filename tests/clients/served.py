@@ -25,12 +25,13 @@ class RecordedVtpm:
         parks: take the vTPM's process away after every command.
 
     Attributes:
+        vm_id: the VM.
         transcript: command code and response code of every command.
     """
 
     def __init__(self, sp: RunningSp, vm_id: uuid.UUID, driver: CrbDriver, *, parks: bool) -> None:
         self._sp = sp
-        self._vm_id = vm_id
+        self.vm_id = vm_id
         self._driver = driver
         self._parks = parks
         self.transcript: list[tuple[int, int]] = []
@@ -40,7 +41,7 @@ class RecordedVtpm:
         response = self._driver.transmit(command)
         self.transcript.append((struct.unpack_from(">I", command, 6)[0], struct.unpack_from(">I", response, 6)[0]))
         if self._parks:
-            vtpm = self._sp.info(messages.ParkVtpm(vm_id=self._vm_id)).vtpm
+            vtpm = self._sp.info(messages.ParkVtpm(vm_id=self.vm_id)).vtpm
             if vtpm is None or vtpm.residency != "parked":
                 self.transcript.append((-1, -1))  # a test that compares transcripts fails on this
         return response
@@ -66,4 +67,4 @@ def served(sp: RunningSp, directory: Path, *, parks: bool = False) -> Iterator[t
             yield f"swtpm:path={path}", vtpm
         finally:
             server.close()
-    sp.call(messages.DecommissionVm(vm_id=vm_id))
+    sp.destroy(vm_id)

@@ -12,6 +12,8 @@ import pytest
 from spvtpm.processor.worker.messages import (
     Commit,
     Committed,
+    Endorse,
+    Endorsed,
     Failed,
     FromWorker,
     Off,
@@ -34,6 +36,10 @@ from spvtpm.wire.framing import FrameDecoder, encode_frame
 pytestmark = pytest.mark.attack("A22")
 
 
+ENDORSE = Endorse([b"public"], 1, 2, 0, 164)
+ENDORSED = Endorsed([b"certificate"], (b"chip", b"intermediate", b"root"))
+
+
 class Link:
     """Stands for the zygote: notes who was to be killed."""
 
@@ -49,7 +55,7 @@ class Link:
 class Scene:
     """A session, and the worker's end of its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, endorses: bool = False) -> None:
         ours, self.theirs = socket.socketpair()
         ours.setblocking(False)
         self.theirs.setblocking(False)
@@ -59,13 +65,20 @@ class Scene:
         self._decoder = FrameDecoder()
         self.worker = Worker(self.link, 1, ours)  # type: ignore[arg-type]
         self.worker.ended.set_result(-9)
-        self.session = WorkerSession(self.worker, "vTPM x", self._commit, self._on_end)
+        self.session = WorkerSession(
+            self.worker, "vTPM x", self._commit, self._on_end, self._endorse if endorses else None
+        )
+        self.certified: list[Endorse] = []
 
     async def _commit(self, permanent: bytes) -> None:
         self.commits.append(permanent)
 
     async def _on_end(self, reason: str) -> None:
         self.ended.set_result(reason)
+
+    def _endorse(self, request: Endorse) -> Endorsed:
+        self.certified.append(request)
+        return ENDORSED
 
     async def say(self, *messages: FromWorker) -> None:
         for message in messages:
@@ -77,10 +90,15 @@ class Scene:
             for frame in self._decoder.feed(data):
                 return parse_to_worker(frame)
 
-    async def start(self) -> None:
+    async def begin(self) -> asyncio.Future[Ready]:
+        """The worker has its `Start`, and has not answered it."""
         starting = asyncio.ensure_future(self.session.start(Start(PacketPort()), [], lambda: None))
         await asyncio.get_running_loop().sock_recv(self.theirs, 1)  # comes ahead of the first message
         await self.hear()
+        return starting
+
+    async def start(self) -> None:
+        starting = await self.begin()
         await self.say(Ready())
         await starting
 
@@ -166,5 +184,69 @@ def test_a_worker_that_dies_fails_the_order_that_waits_for_it() -> None:
         with pytest.raises(WorkerError, match="killed by signal 9"):
             await parking
         assert "died" in await scene.ended
+
+    play(act)
+
+
+def make(act: Callable[[Scene], Awaitable[None]]) -> None:
+    """As `play`, but the worker makes a new TPM, and has not answered its `Start` yet."""
+
+    async def run() -> None:
+        scene = Scene(endorses=True)
+        starting = await scene.begin()
+        async with asyncio.timeout(30):
+            await act(scene)
+        await asyncio.gather(starting, return_exceptions=True)
+        await scene.session.end()
+        scene.theirs.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.claim("C7")
+def test_a_worker_that_makes_a_tpm_has_its_eks_certified_before_it_commits() -> None:
+    async def act(scene: Scene) -> None:
+        await scene.say(ENDORSE)
+        assert await scene.hear() == ENDORSED
+        await scene.say(Commit(b"state"))
+        assert await scene.hear() == Committed()
+        await scene.say(Ready())
+        assert scene.certified == [ENDORSE]
+
+    make(act)
+
+
+@pytest.mark.attack("A28")
+def test_a_second_set_of_keys_is_not_certified() -> None:
+    async def act(scene: Scene) -> None:
+        await scene.say(ENDORSE)
+        assert await scene.hear() == ENDORSED
+        await scene.say(ENDORSE)
+        assert "no EKs to be certified" in await scene.ended
+        assert scene.link.killed
+        assert scene.certified == [ENDORSE]
+
+    make(act)
+
+
+@pytest.mark.attack("A28")
+@pytest.mark.parametrize("message", [Commit(b"state"), Ready()])
+def test_a_new_tpm_without_certified_eks_is_not_taken(message: FromWorker) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.say(message)
+        assert "before its EKs were certified" in await scene.ended
+        assert scene.link.killed
+        assert scene.commits == []
+
+    make(act)
+
+
+@pytest.mark.attack("A28")
+def test_a_worker_that_has_served_a_guest_gets_nothing_certified() -> None:
+    async def act(scene: Scene) -> None:
+        await scene.say(ENDORSE)
+        assert "no EKs to be certified" in await scene.ended
+        assert scene.link.killed
+        assert scene.certified == []
 
     play(act)

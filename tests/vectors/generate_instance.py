@@ -69,6 +69,10 @@ class Vector:
         return "\n".join(lines) + "\n"
 
 
+def _hex(values: tuple[bytes, ...]) -> str:
+    return " ".join(value.hex() for value in values)
+
+
 def _recipe(file: File) -> dict[str, str]:
     content = file.content
     assert isinstance(content, Content)
@@ -86,10 +90,12 @@ def _recipe(file: File) -> dict[str, str]:
         **content.permanent.lines("permanent"),
         **({} if content.volatile is None else content.volatile.lines("volatile")),
         "migration-allowed": f"{content.migration_allowed:02x}",
-        "chips": "any" if content.chips is None else " ".join(chip.hex() for chip in content.chips),
+        "chips": "any" if content.chips is None else _hex(content.chips),
         "minimum-firmware": f"{content.minimum_firmware:08x}",
         "direct-path-only": f"{content.direct_path_only:02x}",
         **({"pcr-banks": " ".join(content.pcr_banks)} if content.pcr_banks else {}),
+        **({"ek-certificates": _hex(content.certificates)} if content.certificates else {}),
+        "issuer": _hex(content.issuer),
         **({"label": content.label.encode().hex()} if content.label else {}),
         "header-key": header_key.hex(),
         "payload-key": payload_key.hex(),
@@ -101,7 +107,7 @@ def _recipe(file: File) -> dict[str, str]:
 
 def _with_content_of(size: int, label: str) -> File:
     """A file whose content has exactly this size."""
-    besides = len(Content(State.of_size(label, size - 200)).packed()) - (size - 200)
+    besides = len(Content(State.of_size(label, size - 500)).packed()) - (size - 500)
     file = File(Content(State.of_size(label, size - besides)), salt=constant(f"salt of {label}", 32))
     assert len(file.packed()) == size
     return file
@@ -123,7 +129,10 @@ HIBERNATED = File(
     salt=constant("salt of the hibernated", 32),
 )
 SMALLEST = File(
-    Content(State(b"\x00"), minimum_firmware=0, pcr_banks=(), label=""), instance_version=1, created=0, generation=1
+    Content(State(b"\x00"), minimum_firmware=0, pcr_banks=(), certificates=(), issuer=(b"\x00",) * 3, label=""),
+    instance_version=1,
+    created=0,
+    generation=1,
 )
 HIGHEST = File(instance_version=(1 << 63) - 1, created=253_402_300_799, generation=0xFFFF_FFFF)
 ON_BOUNDARY = _with_content_of(CHUNK, "on the boundary")
@@ -137,6 +146,8 @@ LARGEST = File(
         chips=tuple(sorted(constant(f"chip {number}", 16) for number in range(256))),
         minimum_firmware=0xFFFF_FFFF,
         pcr_banks=tuple(f"a_bank_numbered_{letter}"[-16:] for letter in "abcdefghijklmnop"),
+        certificates=tuple(constant(f"EK certificate {number}", 2048) for number in range(8)),
+        issuer=tuple(constant(f"issuer {number}", 2048) for number in range(3)),
         label="\U0001f512" * 256,
     ),
     hibernated=True,
@@ -169,7 +180,11 @@ def flipped(data: bytes, offset: int, bit: int = 0) -> bytes:
 def _good_vectors() -> Iterator[Vector]:
     yield _good("ok-shut-down", "A vTPM that was shut down: no volatile state.", SMALL)
     yield _good("ok-hibernated", "A hibernated vTPM, with each part of the policy in use.", HIBERNATED)
-    yield _good("ok-smallest", "The least of everything: a state of one byte, no label, no banks, zeros.", SMALLEST)
+    yield _good(
+        "ok-smallest",
+        "The least of everything: a state of one byte, no label, no banks, no EK certificates, zeros.",
+        SMALLEST,
+    )
     yield _good("ok-highest-numbers", "The highest instance version, time and generation.", HIGHEST)
     yield _good("ok-on-chunk-boundary", "A content of 65,536 bytes: one full chunk, which is the last.", ON_BOUNDARY)
     yield _good("ok-over-chunk-boundary", "A content of 65,537 bytes: the second chunk has one byte.", OVER_BOUNDARY)
@@ -177,7 +192,11 @@ def _good_vectors() -> Iterator[Vector]:
     yield _good(
         "ok-three-other-chunks", "Another vTPM's state, of the same size, under another salt.", THREE_OTHER_CHUNKS
     )
-    yield _good("ok-largest", "The most of everything: both states, chips, banks and label at their bounds.", LARGEST)
+    yield _good(
+        "ok-largest",
+        "The most of everything: both states, chips, banks, certificates and label at their bounds.",
+        LARGEST,
+    )
 
 
 def _altered_headers() -> Iterator[Vector]:
@@ -214,7 +233,7 @@ def _wrong_headers() -> Iterator[Vector]:
         ("created-too-large", "Made in the year 10000", replace(SMALL, created=253_402_300_800)),
         ("generation-zero", "Generation 0 is never used", replace(SMALL, generation=0)),
         ("content-size-zero", "No content, and no chunk", replace(SMALL, content=b"")),
-        ("content-size-too-large", "It announces 335,873 bytes", replace(SMALL, announced=LONGEST_CONTENT + 1)),
+        ("content-size-too-large", "It announces 360,449 bytes", replace(SMALL, announced=LONGEST_CONTENT + 1)),
         ("content-size-huge", "It announces 4 GiB - 1", replace(SMALL, announced=0xFFFF_FFFF)),
     ):
         yield _bad(f"bad-{name}", f"{shows}; the tag is right.", MALFORMED, file)
@@ -335,7 +354,7 @@ def _wrong_contents() -> Iterator[Vector]:
     """Contents that nobody should have written, authentic all the same."""
     content, volatile = Content(), State(b"volatile")
     chip = constant("chip 0", 16)
-    fields, policy = content.fields(), content.policy()
+    fields, policy, keys = content.fields(), content.policy(), content.endorsement()
     half_float = b"\xca\x40\x00\x00\x00"  # 2.0
 
     def altered(**values: bytes | None) -> Content:
@@ -343,7 +362,7 @@ def _wrong_contents() -> Iterator[Vector]:
 
     shut_down: tuple[tuple[str, str, Content | bytes], ...] = (
         ("nothing", "A byte that MessagePack does not use", b"\xc1"),
-        ("no-map", "An array of the four values", pack_array([value for _key, value in fields])),
+        ("no-map", "An array of the five values", pack_array([value for _key, value in fields])),
         ("cut", "It ends before the label does", content.packed()[:-1]),
         ("byte-behind", "A byte behind the map", content.packed() + b"\x00"),
         ("nested", "Nested without end", b"\x91" * 5000),
@@ -355,6 +374,29 @@ def _wrong_contents() -> Iterator[Vector]:
         ("policy-field-unknown", "A policy with more in it", altered(policy=pack_map([*policy, ("clones", TRUE)]))),
         ("policy-field-doubled", "A policy that says both", altered(policy=pack_map([*policy, ("chips", NIL)]))),
         ("policy-reordered", "A policy in another order", altered(policy=pack_map(policy[::-1]))),
+        ("endorsement-missing", "Nothing on EK certificates", altered(endorsement=None)),
+        ("endorsement-field-missing", "An endorsement without an issuer", altered(issuer=None)),
+        (
+            "endorsement-field-unknown",
+            "An endorsement with more in it",
+            altered(endorsement=pack_map([*keys, ("x", NIL)])),
+        ),
+        ("endorsement-field-doubled", "An endorsement that says both", altered(endorsement=pack_map([*keys, keys[0]]))),
+        ("endorsement-reordered", "An endorsement in another order", altered(endorsement=pack_map(keys[::-1]))),
+        ("endorsement-nil", "Nil where the endorsement belongs", altered(endorsement=NIL)),
+        ("ek-certificates-too-many", "9 EK certificates", replace(content, certificates=(b"\x30",) * 9)),
+        ("ek-certificate-empty", "An EK certificate of no bytes", replace(content, certificates=(b"",))),
+        ("ek-certificate-long", "An EK certificate of 2,049 bytes", replace(content, certificates=(bytes(2049),))),
+        ("ek-certificate-text", "An EK certificate as a text", altered(certificates=pack_array([pack_str(b"MII=")]))),
+        ("issuer-short", "An issuer's chain of two", replace(content, issuer=content.issuer[:2])),
+        ("issuer-long", "An issuer's chain of four", replace(content, issuer=(*content.issuer, b"\x30"))),
+        ("issuer-nil", "The issuer's chain is nil", altered(issuer=NIL)),
+        ("issuer-empty", "An issuer's certificate of no bytes", replace(content, issuer=(b"", *content.issuer[1:]))),
+        (
+            "issuer-certificate-long",
+            "An issuer's certificate of 2,049 bytes",
+            replace(content, issuer=(bytes(2049),) * 3),
+        ),
         ("permanent-empty", "No permanent state", altered(permanent=pack_bin(b""))),
         ("permanent-nil", "The permanent state is nil", altered(permanent=NIL)),
         ("permanent-text", "The permanent state is a text", altered(permanent=pack_str(b"c3Rh"))),

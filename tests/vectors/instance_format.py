@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 HEADER, CHUNK, TAG = 184, 65536, 16
-LONGEST_CONTENT = 335_872
+LONGEST_CONTENT = 360_448
 LONGEST_IN_HEX = 4096
 
 
@@ -100,6 +100,8 @@ class Content:
     minimum_firmware: int = 2
     direct_path_only: bool = False
     pcr_banks: tuple[str, ...] = ("sha256",)
+    certificates: tuple[bytes, ...] = (constant("EK certificate 0", 30), constant("EK certificate 1", 20))
+    issuer: tuple[bytes, ...] = tuple(constant(f"issuer {number}", 25) for number in range(3))
     label: str = "web 1"
     altered: Mapping[str, bytes | None] = field(default_factory=dict, hash=False)
 
@@ -113,11 +115,18 @@ class Content:
             ("pcr_banks", pack_array([pack_str(bank.encode()) for bank in self.pcr_banks])),
         )
 
+    def endorsement(self) -> list[tuple[str, bytes]]:
+        return self._with_alterations(
+            ("certificates", pack_array([pack_bin(certificate) for certificate in self.certificates])),
+            ("issuer", pack_array([pack_bin(certificate) for certificate in self.issuer])),
+        )
+
     def fields(self) -> list[tuple[str, bytes]]:
         return self._with_alterations(
             ("permanent", pack_bin(self.permanent.value)),
             ("volatile", NIL if self.volatile is None else pack_bin(self.volatile.value)),
             ("policy", pack_map(self.policy())),
+            ("endorsement", pack_map(self.endorsement())),
             ("label", pack_str(self.label.encode())),
         )
 

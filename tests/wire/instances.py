@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from spvtpm.wire.instance_file import Instance, InstanceHeader, InstanceSecrets, Policy, UserSecret
 from spvtpm.wire.instance_header import MAX_PERMANENT_BYTES, MAX_VOLATILE_BYTES
+from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
 USER, SP = UserSecret(b"user secret of thirty-two bytes!"), b"SP secret of thirty-two bytes !!"
 SECRETS = InstanceSecrets(USER, SP)
@@ -20,6 +21,9 @@ OPEN_POLICY = Policy(
     direct_path_only=False,
     pcr_banks=frozenset({"sha256"}),
 )
+ENDORSEMENT = VtpmEndorsement(
+    certificates=(b"of the RSA EK", b"of the ECC EK"), issuer=(b"chip EK", b"vendor", b"root")
+)
 
 
 def instance(permanent: bytes, volatile: bytes | None = None, version: int = 1, label: str = "") -> Instance:
@@ -28,7 +32,7 @@ def instance(permanent: bytes, volatile: bytes | None = None, version: int = 1, 
         *(uuid.UUID(int=1), uuid.UUID(int=2), b"fleet of sixteen", version, 3, 1_750_000_000),
         hibernated=volatile is not None,
     )
-    return Instance(header, permanent, volatile, OPEN_POLICY, label)
+    return Instance(header, permanent, volatile, OPEN_POLICY, ENDORSEMENT, label)
 
 
 def _content(seed_and_size: tuple[bytes, int]) -> bytes:
@@ -61,6 +65,12 @@ policies = st.builds(
     direct_path_only=st.booleans(),
     pcr_banks=st.frozensets(st.text(string.ascii_lowercase + "0123456789_", min_size=1, max_size=16), max_size=16),
 )
+_certificates = st.binary(min_size=1, max_size=40)
+endorsements = st.builds(
+    VtpmEndorsement,
+    certificates=st.lists(_certificates, max_size=8).map(tuple),
+    issuer=st.tuples(_certificates, _certificates, _certificates),
+)
 labels = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=256)
 
 
@@ -69,7 +79,9 @@ def instances(draw: st.DrawFn) -> Instance:
     """Any instance."""
     header = draw(headers)
     volatile = draw(_states(MAX_VOLATILE_BYTES)) if header.hibernated else None
-    return Instance(header, draw(_states(MAX_PERMANENT_BYTES)), volatile, draw(policies), draw(labels))
+    return Instance(
+        header, draw(_states(MAX_PERMANENT_BYTES)), volatile, draw(policies), draw(endorsements), draw(labels)
+    )
 
 
 secrets = st.builds(

@@ -47,7 +47,7 @@ from spvtpm.wire.certificate_policies import (
     ValidAt,
     genuine,
 )
-from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES, parse_chain
+from spvtpm.wire.certificates import parse_chain
 from spvtpm.wire.errors import (
     CertificateError,
     CertificateExpired,
@@ -57,6 +57,7 @@ from spvtpm.wire.errors import (
     SpvtpmError,
     UntrustedIssuer,
 )
+from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
 from tests.papers import DAY, NOW, channel_chain, der, forged, new_papers, papers
 
 IDS = st.binary(min_size=16, max_size=16)

@@ -23,6 +23,7 @@ from spvtpm.wire.instance_file import (
     parse_instance_header,
     seal_instance,
 )
+from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 from tests.vectors import generate_instance
 
 FOLDER = Path(generate_instance.__file__).parent / "instance"
@@ -70,10 +71,14 @@ def _instance(values: dict[str, str]) -> Instance:
         direct_path_only=values["direct-path-only"] == "01",
         pcr_banks=frozenset(values.get("pcr-banks", "").split()),
     )
+    certificates, issuer = (
+        tuple(map(bytes.fromhex, values.get(name, "").split())) for name in ("ek-certificates", "issuer")
+    )
+    endorsement = VtpmEndorsement(certificates=certificates, issuer=(issuer[0], issuer[1], issuer[2]))
     permanent = _state(values, "permanent")
     assert permanent is not None
     label = bytes.fromhex(values.get("label", "")).decode()
-    return Instance(header, permanent, _state(values, "volatile"), policy, label)
+    return Instance(header, permanent, _state(values, "volatile"), policy, endorsement, label)
 
 
 def _seal(values: dict[str, str]) -> bytes:

@@ -8,8 +8,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from spvtpm.cli.endorsements import Output, show_endorsement
 from spvtpm.cli.parts import Json, Sp, call_sp, print_json
 from spvtpm.wire import messages
+from spvtpm.wire.errors import ResourceError
 
 hypervisor_app = App(name="hypervisor", help="What a hypervisor asks of its host's secure processor.")
 
@@ -104,6 +106,18 @@ def hibernate(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
     Example: spvtpm hypervisor hibernate 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
     """
     _command(sp, messages.HibernateVm(vm_id=vm), json)
+
+
+@hypervisor_app.command
+def endorsement(vm: Vm, /, *, sp: Sp, output: Output = None, json: Json = False) -> None:
+    """Fetch the certificates of a vTPM's endorsement keys, and the chain of the chip that signed them.
+
+    Example: spvtpm hypervisor endorsement 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock --output certificates
+    """
+    reply = call_sp(sp, messages.GetEndorsement(vm_id=vm))
+    if not isinstance(reply, messages.Endorsement):
+        raise ResourceError("the secure processor gave another answer than certificates")
+    show_endorsement(reply, json=json, output=output)
 
 
 @hypervisor_app.command(name="list")

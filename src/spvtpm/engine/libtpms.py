@@ -33,9 +33,10 @@ MAX_COMMAND_BYTES: Final[int] = lib.ENGINE_BUFFER_SIZE
 MAX_LOCALITY: Final = 4
 # Source: libtpms/tpm_error.h, TPM_SUCCESS.
 _SUCCESS: Final = 0
-# Source: TCG TPM 2.0 Library Part 2, tables TPM_CC, TPM_ST, TPM_SU; Part 3, sections of these commands.
+# Source: TCG TPM 2.0 Library Part 2, tables TPM_CC, TPM_ST, TPM_SU, TPM_RC; Part 3, sections of these commands.
 _STARTUP_CLEAR: Final = struct.pack(">HIIH", 0x8001, 12, 0x144, 0x0000)
 _SELF_TEST_FULL: Final = struct.pack(">HIIB", 0x8001, 11, 0x143, 1)
+_NOT_STARTED: Final = 0x100  # TPM_RC_INITIALIZE
 _STIR_RANDOM_HEADER: Final = struct.pack(">HIIH", 0x8001, 140, 0x146, 128)
 
 
@@ -171,7 +172,7 @@ class Engine:
             lib.TPMLIB_CancelCommand()
 
     def reseed(self) -> None:
-        """Stirs fresh randomness of the host into the TPM's generator. The TPM must have been started.
+        """Stirs fresh randomness of the host into the TPM's generator. One that waits for TPM2_Startup does so itself then.
 
         Two TPMs resumed from one volatile state draw the same random numbers until this is called in each; call it
         after every import. It ends an exclusive audit session, as any other command does.
@@ -180,7 +181,9 @@ class Engine:
             TpmFailed: the TPM refused.
         """
         response = self.process(_STIR_RANDOM_HEADER + os.urandom(128))
-        _check(int.from_bytes(response[6:10], "big"), "The TPM does not take new randomness")
+        result = int.from_bytes(response[6:10], "big")
+        if result != _NOT_STARTED:
+            _check(result, "The TPM does not take new randomness")
 
     def permanent_state(self) -> bytes:
         """The live permanent state: seeds, hierarchy settings, persistent objects and NV indices. Secret."""

@@ -28,6 +28,7 @@ from typing import assert_never
 from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
 from spvtpm.processor.channel_port import ChannelPort
 from spvtpm.processor.config import DEFAULT_TOML, load_config
+from spvtpm.processor.endorser import Endorser
 from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.keepers import IN_DIRECTORY, Keeper, burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
@@ -43,8 +44,8 @@ from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.processor.vm_table import VmTable
-from spvtpm.processor.vtpm import VtpmServices
 from spvtpm.processor.vtpm_manager import VtpmManager
+from spvtpm.processor.vtpm_services import VtpmServices
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire import messages
 from spvtpm.wire.errors import AlreadyInitialised, FusesError, NoSecureProcessor, StorageError
@@ -156,7 +157,8 @@ class SecureProcessor:
         await guard.milestone([])
         cleanup.push_async_callback(guard.close)
         table = VmTable(self._config.max_vms)
-        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids, table.fail)
+        endorser = Endorser(self._fuses)
+        services = VtpmServices(self._store, commit, endorser, pool, ParkingLot(), runtime, uids, table.fail)
         vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
         self._security = SecurityManager(self._store, commit, guard, table, vtpms)
@@ -193,6 +195,8 @@ class SecureProcessor:
                 return await security.park(request.vm_id)
             case messages.WakeVtpm():
                 return await security.wake(request.vm_id)
+            case messages.GetEndorsement():
+                return security.endorsement(request.vm_id)
             case messages.ListVms():
                 return security.list(request.after)
             case messages.GetStatus():

@@ -15,11 +15,12 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.ledger import Entry
 from spvtpm.processor.owner_commands import Estate
 from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
 from spvtpm.processor.vm_table import block_change
-from spvtpm.processor.vtpm import hibernated_name, record_name
+from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
 from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
 from spvtpm.wire.errors import ExportSuperseded, InstanceFileError, StaleInstance, WrongInstanceKeys
 from spvtpm.wire.instance_file import (
@@ -41,6 +42,7 @@ from spvtpm.wire.owner_messages import (
     Piece,
     Provision,
 )
+from spvtpm.wire.vtpm_endorsement import encode_endorsement
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,9 @@ class Exporter:
             hibernated=hibernated,
         )
         permanent = estate.store.read(record_name(block.vtpm_id))
+        endorsement = read_endorsement(estate.store, block.vtpm_id)
         volatile = unpack_volatile(estate.store.read(hibernated_name(block.vtpm_id))) if hibernated else None
-        instance = Instance(header, permanent, volatile, ownership.policy, ownership.label)
+        instance = Instance(header, permanent, volatile, ownership.policy, endorsement, ownership.label)
         secrets = InstanceSecrets(UserSecret(ownership.user_secret), estate.sp_secret.value)
         return InstanceWriter(instance, secrets).read(MAX_FILE_BYTES)
 
@@ -216,7 +219,11 @@ class Import:
         block = VmSecurityBlock.provision_imported(
             request.vm_id, ownership, header.vtpm_id, header.version, hibernated=header.hibernated
         )
-        changes = [(record_name(header.vtpm_id), instance.permanent), block_change(block)]
+        changes = [
+            (record_name(header.vtpm_id), instance.permanent),
+            (endorsement_name(header.vtpm_id), encode_endorsement(instance.endorsement)),
+            block_change(block),
+        ]
         if instance.volatile is not None:
             changes.append((hibernated_name(header.vtpm_id), pack_volatile(instance.volatile)))
         async with estate.table.lock(block.vm_id), estate.ledger.lock:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from spvtpm.processor.ledger import Entry, Ledger
 from spvtpm.processor.nv_store import Change, NvStore
+from spvtpm.processor.pcr_banks import check_pcr_banks
 from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import Ownership, VmSecurityBlock
 from spvtpm.processor.sp_secret import SpSecret
@@ -19,6 +20,7 @@ from spvtpm.processor.vm_table import VmTable, block_change, block_removal
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.wire.errors import ChipNotAllowed, FirmwareTooOld, NotFound
 from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.owner_messages import (
     PAGE_MY_VMS,
     Events,
@@ -132,10 +134,12 @@ class OwnerCommands:
         Raises:
             AlreadyExists: the VM has one.
             ChipNotAllowed, FirmwareTooOld: the policy does not allow this chip.
+            PcrBankUnknown: it asks for a PCR bank that there is none of.
             ResourceError: there is no room.
         """
         estate = self._estate
         estate.check_policy(vtpm.policy)
+        check_pcr_banks(vtpm.policy.pcr_banks)
         ownership = Ownership(
             owner=self._owner,
             user_secret=request.user_secret,
@@ -199,6 +203,18 @@ class OwnerCommands:
         if entry is None or entry.owner != self._owner:
             return Fate(vtpm_id=vtpm_id, state="unknown", version=0)
         return Fate(vtpm_id=vtpm_id, state=entry.how, version=entry.version, sha256=entry.sha256)
+
+    def endorsement(self, vm_id: uuid.UUID) -> Endorsement:
+        """The certificates of the EKs of a VM's vTPM.
+
+        Raises:
+            NotFound: this owner has no VM of this id, or it has no vTPM.
+            IntegrityError: the record is missing or altered.
+        """
+        block = self._estate.owned(self._owner, vm_id)
+        if block.vtpm_id is None:
+            raise NotFound(f"VM {vm_id} has no vTPM")
+        return self._estate.vtpms.endorsement(block.vtpm_id)
 
     def _mine(self) -> Iterator[VmSecurityBlock]:
         return (block for block in self._estate.table if block.ownership.owner == self._owner)

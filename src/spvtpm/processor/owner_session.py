@@ -15,6 +15,7 @@ from spvtpm.wire.owner_messages import (
     DestroyVm,
     Done,
     ExportVtpm,
+    GetEndorsement,
     ImportVtpm,
     ListMine,
     NewVtpm,
@@ -108,5 +109,7 @@ class OwnerSession:
                 return commands.fate(request.vtpm_id)
             case ReadEvents():
                 return commands.events(request.vm_id)
+            case GetEndorsement():
+                return commands.endorsement(request.vm_id)
             case _:
                 raise MessageError(f"{type(request).__name__} makes no sense here")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from spvtpm.processor.fuses import MonotonicCounter
 from spvtpm.processor.nv_store import Change, NvStore
-from spvtpm.processor.vtpm import Commit
+from spvtpm.processor.vtpm_services import Commit
 from spvtpm.wire.errors import FusesError, IntegrityError, StorageError
 
 log = logging.getLogger(__name__)

@@ -14,18 +14,12 @@ from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.vm_table import VmTable, block_change
-from spvtpm.processor.vtpm import (
-    HIBERNATED_PREFIX,
-    VTPM_PREFIX,
-    Commit,
-    Residency,
-    Vtpm,
-    hibernated_name,
-    record_name,
-)
+from spvtpm.processor.vtpm import Residency, Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
+from spvtpm.processor.vtpm_records import RECORD_PREFIXES, hibernated_name, record_names
+from spvtpm.processor.vtpm_services import Commit
 from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
-from spvtpm.wire.messages import PAGE_VMS, VmInfo, VmList, VtpmInfo
+from spvtpm.wire.messages import PAGE_VMS, Endorsement, VmInfo, VmList, VtpmInfo
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +53,8 @@ class SecurityManager:
         bound = {block.vtpm_id: block for block in self._table if block.vtpm_id is not None}
         for vtpm_id, block in bound.items():
             self._vtpms.load(vtpm_id, block.vm_id)
-        known = {name for vtpm_id in bound for name in (record_name(vtpm_id), hibernated_name(vtpm_id))}
-        names = self._store.names(VTPM_PREFIX) + self._store.names(HIBERNATED_PREFIX)
-        orphans = [name for name in names if name not in known]
+        known = {name for vtpm_id in bound for name in record_names(vtpm_id)}
+        orphans = [name for prefix in RECORD_PREFIXES for name in self._store.names(prefix) if name not in known]
         if orphans and not self._table.damaged():
             log.warning("removing %d vTPM records that belong to no VM", len(orphans))
             await self._commit([(name, None) for name in orphans])
@@ -115,7 +108,7 @@ class SecurityManager:
         vtpm_id = uuid.uuid4()
         bound = block.bind(vtpm_id)
         binding = Binding(block_change(bound), block_change(before))
-        await self._vtpms.create(vtpm_id, block.vm_id, _boot_of(bound), binding)
+        await self._vtpms.create(vtpm_id, block.vm_id, _boot_of(bound), binding, block.ownership.policy.pcr_banks)
         self._table.put(bound)
 
     async def start(self, vm_id: uuid.UUID) -> VmInfo:
@@ -261,6 +254,15 @@ class SecurityManager:
         path = "" if vtpm.interface is None else str(vtpm.interface.path)
         connected = vtpm.interface is not None and vtpm.interface.connected
         return VtpmInfo(vtpm.vtpm_id, vtpm.residency.value, path, connected, vtpm.failure)
+
+    def endorsement(self, vm_id: uuid.UUID) -> Endorsement:
+        """The certificates of the EKs of a VM's vTPM.
+
+        Raises:
+            NotFound, WrongState: there is none.
+            IntegrityError: the record is missing or altered.
+        """
+        return self._vtpms.endorsement(self._vtpm(self._table.get(vm_id)).vtpm_id)
 
     def list(self, after: uuid.UUID | None) -> VmList:
         """A page of VMs, ordered by id: those after `after`."""

@@ -12,20 +12,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import Enum
-from pathlib import Path
 
 from spvtpm.processor.interfaces.direct import publish_outage
 from spvtpm.processor.interfaces.offer import InterfaceOffer
-from spvtpm.processor.nv_store import Change, NvStore
-from spvtpm.processor.parking import ParkingLot
-from spvtpm.processor.worker.messages import DirectPort, FromWorker, Off, Park, Parked, PowerOff, Start, StillBusy
-from spvtpm.processor.worker_pool import Worker, WorkerPool
+from spvtpm.processor.nv_store import Change
+from spvtpm.processor.pcr_banks import check_pcr_banks
+from spvtpm.processor.vtpm_records import endorsement_name, record_name
+from spvtpm.processor.vtpm_services import VtpmServices
+from spvtpm.processor.worker.messages import (
+    DirectPort,
+    Endorse,
+    Endorsed,
+    FromWorker,
+    Off,
+    Park,
+    Parked,
+    PowerOff,
+    Start,
+    StillBusy,
+)
+from spvtpm.processor.worker_pool import Worker
 from spvtpm.processor.worker_session import WorkerSession, misbehaviour
 from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import SpvtpmError, WorkerError, WrongState
+from spvtpm.wire.vtpm_endorsement import encode_endorsement
 
 log = logging.getLogger(__name__)
 
@@ -43,49 +55,6 @@ class Residency(Enum):
     ACTIVE = "active"
     PARKED = "parked"
     FAILED = "failed"
-
-
-Commit = Callable[[Sequence[Change]], Coroutine[None, None, None]]
-"""Returns once the changes are durable, or raises `StorageError`."""
-
-
-@dataclass(frozen=True, slots=True)
-class VtpmServices:
-    """What every vTPM of an SP shares.
-
-    Attributes:
-        store: non-volatile storage, for reading.
-        commit: makes changes to it durable.
-        pool: worker processes.
-        parking: parked states.
-        runtime: directory of interface sockets.
-        allowed_uids: who may take interfaces.
-        on_failure: told of each VM whose vTPM died by itself, and why.
-    """
-
-    store: NvStore
-    commit: Commit
-    pool: WorkerPool
-    parking: ParkingLot
-    runtime: Path
-    allowed_uids: frozenset[int]
-    on_failure: Callable[[uuid.UUID, str], None]
-
-
-VTPM_PREFIX = "vtpm/"
-
-
-HIBERNATED_PREFIX = "hibernated/"
-
-
-def record_name(vtpm_id: uuid.UUID) -> str:
-    """Name of the NV record with the vTPM's permanent state."""
-    return f"{VTPM_PREFIX}{vtpm_id}"
-
-
-def hibernated_name(vtpm_id: uuid.UUID) -> str:
-    """Name of the NV record with the volatile state of a vTPM whose VM is hibernated."""
-    return f"{HIBERNATED_PREFIX}{vtpm_id}"
 
 
 def _nothing() -> None:
@@ -112,16 +81,27 @@ class Vtpm:
         self._boot: tuple[bytes, bytes] | None = None
         self._session: WorkerSession | None = None
 
-    async def manufacture(self, boot_id: bytes, boot_key: bytes, with_changes: Sequence[Change]) -> None:
-        """Makes a new TPM and powers it on; its first state and `with_changes` become durable together.
+    async def manufacture(
+        self, boot_id: bytes, boot_key: bytes, with_changes: Sequence[Change], pcr_banks: Collection[str] = ()
+    ) -> None:
+        """Makes a new TPM and powers it on; its first state, its EK certificates and `with_changes` become durable together.
+
+        Args:
+            boot_id: 16 bytes.
+            boot_key: 32 bytes.
+            with_changes: to NV.
+            pcr_banks: names of the PCR banks that it has; none: as it is manufactured.
 
         Raises:
+            PcrBankUnknown: there is no such bank; nothing was made.
             StorageError: nothing is durable, nothing was made.
             WorkerError: the worker died.
             ResourceError: no interface can be had.
         """
+        check_pcr_banks(pcr_banks)
         async with self._lock:
-            await self._begin_boot(boot_id, boot_key, None, None, with_changes)
+            start = Start(self._port(boot_id, boot_key), endorsed=True, pcr_banks=sorted(pcr_banks))
+            await self._begin_boot(start, with_changes)
 
     async def power_on(self, boot_id: bytes, boot_key: bytes, volatile: bytes | None = None) -> None:
         """Begins a boot from the durable state.
@@ -138,16 +118,13 @@ class Vtpm:
         """
         async with self._lock:
             permanent = self._services.store.read(record_name(self.vtpm_id))
-            await self._begin_boot(boot_id, boot_key, permanent, volatile, [])
+            start = Start(self._port(boot_id, boot_key), permanent, volatile, reseed=volatile is not None)
+            await self._begin_boot(start, [])
 
-    async def _begin_boot(
-        self,
-        boot_id: bytes,
-        boot_key: bytes,
-        permanent: bytes | None,
-        volatile: bytes | None,
-        with_changes: Sequence[Change],
-    ) -> None:
+    def _port(self, boot_id: bytes, boot_key: bytes) -> DirectPort:
+        return DirectPort(self.vm_id.bytes, boot_id, boot_key)
+
+    async def _begin_boot(self, start: Start, with_changes: Sequence[Change]) -> None:
         if self.residency is not Residency.OFF:
             raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
         fresh = self.interface is None
@@ -156,12 +133,12 @@ class Vtpm:
             self.interface = InterfaceOffer(path, self._services.allowed_uids)
         else:
             self._unwatch()
-        self._boot = boot_id, boot_key
-        port = DirectPort(self.vm_id.bytes, boot_id, boot_key)
+        assert isinstance(start.port, DirectPort)  # noqa: S101  # the SP serves no other
+        self._boot = start.port.boot_id, start.port.boot_key
         try:
-            worker = await self._services.pool.take(blank=permanent is None)
+            worker = await self._services.pool.take(blank=start.permanent is None)
             listen = self.interface.listen if fresh else _nothing
-            await self._run_worker(worker, Start(port, permanent, volatile), with_changes, listen)
+            await self._run_worker(worker, start, with_changes, listen)
         except SpvtpmError:
             if fresh:
                 self._release_interface()
@@ -332,12 +309,18 @@ class Vtpm:
             await self._services.commit(changes)
             first_changes.clear()
 
+        def endorse(request: Endorse) -> Endorsed:
+            endorsement = self._services.endorser.certify(self.vtpm_id, request)
+            first_changes.append((endorsement_name(self.vtpm_id), encode_endorsement(endorsement)))
+            return Endorsed(list(endorsement.certificates), endorsement.issuer)
+
         async def notice_end(reason: str) -> None:
             async with self._lock:
                 if self._session is session and self.residency is Residency.ACTIVE:
                     await self._fail(reason)
 
-        session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end)
+        certified = endorse if start.endorsed else None
+        session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end, certified)
         try:
             ready = await session.start(start, list(self.interface.offer), meanwhile)
         except SpvtpmError:

@@ -6,14 +6,18 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.nv_store import Change
-from spvtpm.processor.vtpm import Commit, Residency, Vtpm, VtpmServices, hibernated_name, record_name
+from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.vtpm_records import record_names
+from spvtpm.processor.vtpm_services import Commit, VtpmServices
 from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
+from spvtpm.wire.messages import Endorsement
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,11 @@ class Binding:
 
     made: Change
     undone: Change
+
+
+def _removal(vtpm_id: uuid.UUID) -> list[Change]:
+    """Of all that is kept of a vTPM."""
+    return [(name, None) for name in record_names(vtpm_id)]
 
 
 class VtpmManager:
@@ -56,6 +65,15 @@ class VtpmManager:
         except KeyError:
             raise NotFound(f"there is no vTPM {vtpm_id}") from None
 
+    def endorsement(self, vtpm_id: uuid.UUID) -> Endorsement:
+        """The certificates of a vTPM's EKs as this SP keeps them: what the guest has in his NV does not matter here.
+
+        Raises:
+            IntegrityError: they are missing or altered.
+        """
+        kept = read_endorsement(self._services.store, vtpm_id)
+        return Endorsement(vtpm_id=vtpm_id, certificates=kept.certificates, issuer=kept.issuer)
+
     def count(self) -> Counter[Residency]:
         """How many vTPMs live where."""
         return Counter(vtpm.residency for vtpm in self._vtpms.values())
@@ -72,6 +90,7 @@ class VtpmManager:
         vm_id: uuid.UUID,
         boot: tuple[bytes, bytes],
         binding: Binding,
+        pcr_banks: Collection[str] = (),
     ) -> Vtpm:
         """Makes a new vTPM and powers it on; its state and the binding become durable together or not at all.
 
@@ -80,17 +99,19 @@ class VtpmManager:
             vm_id: the VM it will serve for ever.
             boot: boot id (16 bytes) and boot key (32 bytes).
             binding: of the vTPM to its VM.
+            pcr_banks: names of the PCR banks that it has; none: as it is manufactured.
 
         Raises:
+            PcrBankUnknown: there is no such bank; nothing was made.
             StorageError, WorkerError, ResourceError: nothing was made.
         """
         vtpm = Vtpm(vtpm_id, vm_id, self._services)
         try:
-            await vtpm.manufacture(*boot, [binding.made])
+            await vtpm.manufacture(*boot, [binding.made], pcr_banks)
         except SpvtpmError:
             # The worker may have died after its first commit.
             with suppress(StorageError):
-                await self._services.commit([(record_name(vtpm_id), None), binding.undone])
+                await self._services.commit([*_removal(vtpm_id), binding.undone])
             raise
         self._vtpms[vtpm_id] = vtpm
         return vtpm
@@ -109,7 +130,7 @@ class VtpmManager:
         """
         vtpm = self.get(vtpm_id)
         await vtpm.abandon()
-        await commit([(record_name(vtpm_id), None), (hibernated_name(vtpm_id), None), *with_changes])
+        await commit([*_removal(vtpm_id), *with_changes])
         del self._vtpms[vtpm_id]
 
     async def park_idle_for_ever(self) -> None:

@@ -24,7 +24,7 @@ from spvtpm.wire.revocation import RevocationList, parse_revocation_list
 MAX_VENDOR_NAME_LENGTH = 40
 """In characters. The common name adds a few, and has at most 64 (RFC 5280, appendix A.1, ub-common-name)."""
 
-_SERIAL_BITS = 159  # at most 20 bytes with the sign (RFC 5280, section 4.1.2.2)
+_SERIAL_BITS = 159  # 20 bytes with the sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,11 @@ def build_revocation_list(
     return parse_revocation_list(builder.sign(issuer.key, SHA384()).public_bytes(Encoding.DER))
 
 
+def new_serial_number() -> int:
+    """Random, positive, of 20 bytes. Source: RFC 5280, section 4.1.2.2."""
+    return secrets.randbits(_SERIAL_BITS - 1) | 1 << (_SERIAL_BITS - 1)
+
+
 def _vendor_name(vendor: str, role: str) -> x509.Name:
     if not vendor.isprintable() or not 1 <= len(vendor) <= MAX_VENDOR_NAME_LENGTH or vendor != vendor.strip():
         raise ValueError(
@@ -192,7 +197,7 @@ def _sign(
 ) -> x509.Certificate:
     builder = (
         x509.CertificateBuilder()
-        .serial_number(secrets.randbits(_SERIAL_BITS - 1) | 1 << (_SERIAL_BITS - 1))
+        .serial_number(new_serial_number())
         .issuer_name(issuer)
         .subject_name(subject)
         .public_key(key)

@@ -32,9 +32,7 @@ from spvtpm.wire.certificate_extensions import (
     parse_chip_identity,
 )
 from spvtpm.wire.errors import CertificateError
-
-MAX_CERTIFICATE_BYTES = 2048
-"""Also what one NV index of a TPM holds, so that a chain can be stored there (TCG EK Credential Profile 2.5, section 2.2.1.5)."""
+from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
 
 LONGEST_CHANNEL_VALIDITY = timedelta(days=7)
 """A channel certificate is never revoked: it ends soon instead."""
@@ -55,6 +53,7 @@ MALFORMED = (
     Warning,
     x509.InvalidVersion,
     x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
 )
 """What `cryptography` raises for bytes that are no certificate or revocation list, some of it only when a field is read.
 

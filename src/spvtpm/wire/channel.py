@@ -27,11 +27,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import Certificate
 from msgspec import Meta
 
-from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import ChannelError, MessageError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import ErrorReply
+from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
 
 VERSION: Final = 1
 _VERSION_BYTE: Final = bytes([VERSION])

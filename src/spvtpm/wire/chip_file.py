@@ -16,11 +16,12 @@ from msgspec import Meta
 from spvtpm.wire.certificate_building import Issuer
 from spvtpm.wire.certificate_extensions import CHIP_ID_BYTES, FLEET_ID_BYTES
 from spvtpm.wire.certificate_policies import TrustedRoots
-from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES, Chain, parse_chain
+from spvtpm.wire.certificates import Chain, parse_chain
 from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import ChipFileError, SpvtpmError
 from spvtpm.wire.generations import MAX_GENERATION, SECRET_BYTES
+from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
 
 FORMAT = 2
 MAX_CHIP_FILE_BYTES = 16384

@@ -175,6 +175,13 @@ class WrongState(PolicyError):
     hint = "Look at the state with `spvtpm hypervisor list`."
 
 
+class PcrBankUnknown(PolicyError):
+    """A vTPM cannot have a PCR bank of this name."""
+
+    code = "pcr-bank"
+    hint = "Name banks that the sentence lists, or none at all: then the vTPM has those that it is manufactured with."
+
+
 class ResourceError(SpvtpmError):
     """Something this side needs is exhausted or broken; nothing acknowledged was lost."""
 

@@ -1,4 +1,4 @@
-"""What an instance file keeps secret: a vTPM's state and its owner's policy, as values and as MessagePack. No keys.
+"""What an instance file keeps secret: a vTPM's state, policy and EK certificates, as values and as MessagePack. No keys.
 
 There is one encoding of each content: whoever decodes encodes again and compares, so bytes that say a thing twice, or
 in another order, are refused.
@@ -22,6 +22,7 @@ from spvtpm.wire.instance_header import (
     MAX_VOLATILE_BYTES,
     InstanceHeader,
 )
+from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
 MAX_CHIPS: Final[int] = 256
 MAX_PCR_BANKS: Final[int] = 16
@@ -63,6 +64,7 @@ class Instance:
         permanent: the permanent state as the engine gives it, 1 byte to 256 KiB. Secret.
         volatile: the volatile state, 1 byte to 64 KiB, if it was hibernated; otherwise None. Secret.
         policy: what the owner allows.
+        endorsement: the certificates of its EKs, by the chip that made it.
         label: the owner's words for it, up to 256 characters, none of them a control character; may be empty.
     """
 
@@ -70,6 +72,7 @@ class Instance:
     permanent: bytes = field(repr=False)
     volatile: bytes | None = field(repr=False)
     policy: Policy
+    endorsement: VtpmEndorsement
     label: str = ""
 
 
@@ -77,6 +80,7 @@ class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     permanent: _State
     volatile: _VolatileState | None
     policy: Policy
+    endorsement: VtpmEndorsement
     label: _Label
 
     def __repr__(self) -> str:
@@ -96,7 +100,7 @@ def encode_content(instance: Instance) -> bytes:
     Raises:
         InstanceFileError: a part of the instance is out of its bounds.
     """
-    content = _Content(instance.permanent, instance.volatile, instance.policy, instance.label)
+    content = _Content(instance.permanent, instance.volatile, instance.policy, instance.endorsement, instance.label)
     try:
         encoded = _encoder.encode(content)
     except (UnicodeEncodeError, OverflowError):
@@ -125,4 +129,4 @@ def decode_content(header: InstanceHeader, content: bytes) -> Instance:
         kept = "a volatile state" if decoded.volatile is not None else "no volatile state"
         kind = "hibernated" if header.hibernated else "shut down"
         raise InstanceFileError(f"the instance file holds {kept}, but its header says that the vTPM was {kind}")
-    return Instance(header, decoded.permanent, decoded.volatile, decoded.policy, decoded.label)
+    return Instance(header, decoded.permanent, decoded.volatile, decoded.policy, decoded.endorsement, decoded.label)

@@ -35,7 +35,7 @@ MAX_CREATED_S: Final[int] = 253_402_300_799
 
 MAX_PERMANENT_BYTES: Final[int] = 1 << 18
 MAX_VOLATILE_BYTES: Final[int] = 1 << 16
-MAX_CONTENT_BYTES: Final[int] = MAX_PERMANENT_BYTES + MAX_VOLATILE_BYTES + 8192
+MAX_CONTENT_BYTES: Final[int] = MAX_PERMANENT_BYTES + MAX_VOLATILE_BYTES + (1 << 15)
 """Both states, and room for all else that the content may hold."""
 
 _PREFIX: Final = struct.Struct(">8sH")

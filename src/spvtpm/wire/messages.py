@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import MessageError, SpvtpmError
+from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
 VERSION = 1
 _VERSION_BYTE = bytes([VERSION])
@@ -82,6 +83,12 @@ class WakeVtpm(_Request, frozen=True):
     vm_id: uuid.UUID
 
 
+class GetEndorsement(_Request, frozen=True):
+    """The certificates of a VM's vTPM's endorsement keys, as the secure processor keeps them. → `Endorsement`."""
+
+    vm_id: uuid.UUID
+
+
 class ListVms(_Request, frozen=True):
     """The VMs by id, a page at a time: those after `after`. → `VmList`."""
 
@@ -92,7 +99,19 @@ class GetStatus(_Request, frozen=True):
     """How the secure processor is. → `Status`."""
 
 
-Request = LaunchVm | CreateVtpm | StartVm | ResetVm | StopVm | HibernateVm | ParkVtpm | WakeVtpm | ListVms | GetStatus
+Request = (
+    LaunchVm
+    | CreateVtpm
+    | StartVm
+    | ResetVm
+    | StopVm
+    | HibernateVm
+    | ParkVtpm
+    | WakeVtpm
+    | GetEndorsement
+    | ListVms
+    | GetStatus
+)
 
 
 class VtpmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,6 +180,16 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     missing_protection: list[str]
 
 
+class Endorsement(VtpmEndorsement, frozen=True, tag=True):
+    """The certificates of a vTPM's endorsement keys; public. The owner's channel has the same answer.
+
+    Attributes:
+        vtpm_id: the vTPM.
+    """
+
+    vtpm_id: uuid.UUID
+
+
 class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Not carried out.
 
@@ -178,7 +207,7 @@ def error_reply(error: SpvtpmError) -> ErrorReply:
     return ErrorReply(error.code, str(error)[:_MAX_SENTENCE])
 
 
-Reply = VmInfo | VmList | Status | ErrorReply
+Reply = VmInfo | VmList | Status | Endorsement | ErrorReply
 
 _Message = TypeVar("_Message")
 _encoder = msgspec.msgpack.Encoder()

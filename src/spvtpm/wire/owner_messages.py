@@ -20,13 +20,12 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import MessageError
 from spvtpm.wire.instance_content import MAX_LABEL_CHARACTERS, Policy
 from spvtpm.wire.instance_file import MAX_FILE_BYTES, SECRET_BYTES
 from spvtpm.wire.mailbox import KEY_BYTES
-from spvtpm.wire.messages import ErrorReply
+from spvtpm.wire.messages import Endorsement, ErrorReply
 
 VERSION: Final = 1
 _VERSION_BYTE: Final = bytes([VERSION])
@@ -39,7 +38,6 @@ MAX_OWNER_MESSAGE_BYTES: Final = 1 << 17
 
 PAGE_MY_VMS: Final = 64
 MAX_EVENTS: Final = 32
-MAX_ENDORSEMENTS: Final = 8
 
 _Secret = Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
 _VmKey = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -47,7 +45,6 @@ _Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _Size = Annotated[int, Meta(ge=1, le=MAX_FILE_BYTES)]
 _Version = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Time = Annotated[int, Meta(ge=0, le=253_402_300_799)]
-_Certificate = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARACTERS, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 
 
@@ -283,20 +280,6 @@ class Events(_Message, frozen=True):
     """
 
     events: Annotated[list[Event], Meta(max_length=MAX_EVENTS)]
-
-
-class Endorsement(_Message, frozen=True):
-    """The certificates of a vTPM's endorsement keys; public.
-
-    Attributes:
-        vtpm_id: the vTPM.
-        certificates: of its EKs, DER, one for each standard template.
-        issuer: the chain of the chip that made the vTPM: chip EK, the vendor's intermediate, the vendor's root; DER.
-    """
-
-    vtpm_id: uuid.UUID
-    certificates: Annotated[list[_Certificate], Meta(max_length=MAX_ENDORSEMENTS)]
-    issuer: tuple[_Certificate, _Certificate, _Certificate]
 
 
 OwnerRequest = (

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from spvtpm.processor.worker import messages
-from spvtpm.processor.worker.messages import Commit, Committed, FromWorker, ToWorker
+from spvtpm.processor.worker.messages import Commit, Committed, Endorse, Endorsed, FromWorker, ToWorker
 from spvtpm.wire.errors import FrameError, MessageError, StorageError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 
@@ -76,6 +76,18 @@ class Control:
         self._waiting.extendleft(reversed(later))
         if answer.failure is not None:
             raise StorageError(answer.failure)
+
+    def endorse(self, request: Endorse) -> Endorsed:
+        """The certificates of a new TPM's EKs.
+
+        Raises:
+            MessageError: the SP says something else.
+        """
+        self.send(request)
+        answer = self.receive()
+        if not isinstance(answer, Endorsed):
+            raise MessageError(f"{type(answer).__name__} is no answer to Endorse")
+        return answer
 
     def pending(self) -> bool:
         """Whether messages wait that were read while waiting for something else."""

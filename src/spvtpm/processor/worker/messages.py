@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import MessageError
+from spvtpm.wire.vtpm_endorsement import MAX_ENDORSEMENTS, Certificate
 
 MAX_PERMANENT_BYTES = 256 * 1024
 """Bound of a permanent state. libtpms: 128 KiB + 65 * 704 bytes of NV memory, plus its header (TpmProfile_Misc.h)."""
@@ -25,6 +26,11 @@ Line = Annotated[str, Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
 
 Permanent = Annotated[bytes, Meta(min_length=1, max_length=MAX_PERMANENT_BYTES)]
 Volatile = Annotated[bytes, Meta(min_length=1, max_length=MAX_VOLATILE_BYTES)]
+PcrBank = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]
+Public = Annotated[bytes, Meta(min_length=1, max_length=512)]
+"""A TPMT_PUBLIC; that of an RSA-2048 key has some 300 bytes."""
+
+Word = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Id16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Key32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
@@ -76,11 +82,29 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         port: where commands come from.
         permanent: the TPM's permanent state, authenticated by the SP; none manufactures a new TPM.
         volatile: its volatile state as `Parked` gave it; none is a power-on.
+        endorsed: a new TPM's EKs are to be certified (`Endorse`).
+        pcr_banks: names of those that a new TPM is to have; none: as it is manufactured.
+        reseed: other copies of this state may run, as of one that was hibernated: no random number may be drawn twice.
     """
 
     port: DirectPort | PacketPort
     permanent: Permanent | None = None
     volatile: Volatile | None = None
+    endorsed: bool = False
+    pcr_banks: Annotated[list[PcrBank], Meta(max_length=16)] = []
+    reseed: bool = False
+
+
+class Endorsed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Answer to `Endorse`.
+
+    Attributes:
+        certificates: of the keys, DER, in the same order.
+        issuer: the chip's chain.
+    """
+
+    certificates: Annotated[list[Certificate], Meta(max_length=MAX_ENDORSEMENTS)]
+    issuer: tuple[Certificate, Certificate, Certificate]
 
 
 class Committed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -107,6 +131,21 @@ class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The worker waits until this permanent state is durable."""
 
     permanent: Permanent
+
+
+class Endorse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The public keys that a worker has just derived in the new TPM that `Start` asks for; once, before its first `Commit`.
+
+    Attributes:
+        publics: TPMT_PUBLIC of each standard EK, in the order of the templates.
+        manufacturer, firmware, level, revision: which TPM it is (TPM_PT_*).
+    """
+
+    publics: Annotated[list[Public], Meta(max_length=MAX_ENDORSEMENTS)]
+    manufacturer: Word
+    firmware: Word
+    level: Word
+    revision: Word
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -161,8 +200,8 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     reason: Line
 
 
-ToWorker = Start | Committed | Park | PowerOff
-FromWorker = Commit | Ready | Refused | StillBusy | Parked | Off | Failed
+ToWorker = Start | Endorsed | Committed | Park | PowerOff
+FromWorker = Endorse | Commit | Ready | Refused | StillBusy | Parked | Off | Failed
 
 _Message = TypeVar("_Message")
 _encoder = msgspec.msgpack.Encoder()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from spvtpm.engine.errors import EngineError
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
-from spvtpm.processor.worker.messages import Start
+from spvtpm.processor.worker.making import NewTpm
+from spvtpm.processor.worker.messages import Endorse, Endorsed, Start
 from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
-
-_SHUTDOWN_CLEAR = bytes.fromhex("80010000000c000001450000")
-"""TPM2_Shutdown(TPM_SU_CLEAR). Source: TCG TPM 2.0 Library Part 3, section "TPM2_Shutdown"."""
+from spvtpm.processor.worker.tpm_commands import SHUTDOWN_CLEAR
+from spvtpm.wire.ek_templates import EK_TEMPLATES, EkTemplate
 
 
 class WorkerTpm:
@@ -19,10 +19,15 @@ class WorkerTpm:
 
     Args:
         commit: returns once a permanent state is durable, or raises `StorageError`; calls its second argument meanwhile.
+        endorse: has the EKs of a new TPM certified.
     """
 
-    def __init__(self, commit: Callable[[bytes, Callable[[], None]], None]) -> None:
+    def __init__(
+        self, commit: Callable[[bytes, Callable[[], None]], None], endorse: Callable[[Endorse], Endorsed]
+    ) -> None:
         self._commit = commit
+        self._endorse = endorse
+        self._new: NewTpm | None = None
         self._engine = Engine(self._stored)
         self._durable = b""
         self._latest = b""
@@ -30,32 +35,57 @@ class WorkerTpm:
     def _stored(self, permanent: bytes) -> None:
         self._latest = permanent
 
-    def make_blank(self) -> None:
-        """Manufactures a TPM ahead of need; `start` makes it durable, or gives it up for one that exists.
+    def make_blank(self, templates: Sequence[EkTemplate]) -> None:
+        """Manufactures a TPM ahead of need and derives its EKs; `start` makes it durable, or gives it up for one that exists.
+
+        Args:
+            templates: of the EKs; an RSA key takes a while.
 
         Raises:
             EngineError: libtpms cannot.
         """
         self._engine.manufacture()
+        self._new = NewTpm(self._engine.process, templates)
 
     def start(self, start: Start, meanwhile: Callable[[], None]) -> None:
         """Manufactures or resumes the TPM; returns once its state is durable and `meanwhile`, called once, is done.
 
         Raises:
-            EngineError: libtpms refused the state.
+            EngineError: libtpms refused the state, or the new TPM cannot be as it is asked for.
             IntegrityError: the volatile state is not packed as it should be.
             StorageError: the new state is not durable.
         """
         if start.permanent is not None:
-            self._engine.power_off()
-            self._durable = self._latest = start.permanent
-            self._engine.resume(start.permanent, None if start.volatile is None else unpack_volatile(start.volatile))
-        elif not self._engine.is_on:
+            self._resume(start, start.permanent)
+        elif start.endorsed or start.pcr_banks or self._engine.is_on:
+            self._make(start)
+        else:
             self._engine.manufacture()
         if self.waits_for_storage:
             self.make_durable(meanwhile)
         else:
             meanwhile()
+
+    def _resume(self, start: Start, permanent: bytes) -> None:
+        self._engine.power_off()
+        self._durable = self._latest = permanent
+        self._engine.resume(permanent, None if start.volatile is None else unpack_volatile(start.volatile))
+        if start.reseed and start.volatile is not None:
+            self._engine.reseed()  # without a volatile state, TPM2_Startup does it
+
+    def _make(self, start: Start) -> None:
+        """Makes the new TPM as it is asked for, and takes the power away once, so that the guest finds it as new."""
+        if self._new is None:
+            self.make_blank(EK_TEMPLATES)
+        new, self._new = self._new, None
+        assert new is not None  # noqa: S101  # made above
+        if start.endorsed:
+            new.store(self._endorse(new.endorse))
+        if start.pcr_banks:
+            new.allocate(start.pcr_banks)
+        new.finish()
+        self._engine.power_off()
+        self._engine.resume(self._latest)
 
     @property
     def access(self) -> TpmAccess:
@@ -116,4 +146,4 @@ class WorkerTpm:
         Raises:
             StorageError: its changes are not durable.
         """
-        self.execute(_SHUTDOWN_CLEAR)
+        self.execute(SHUTDOWN_CLEAR)

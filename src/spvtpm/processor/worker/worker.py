@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 from spvtpm.engine.errors import EngineError
@@ -11,26 +12,29 @@ from spvtpm.processor.interfaces.direct import TpmFailedError
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.control import Control, SecureProcessorGoneError
 from spvtpm.processor.worker.messages import Failed, Off, Park, Parked, PowerOff, Ready, Start, StillBusy, ToWorker
+from spvtpm.processor.worker.patience import stepping_back
 from spvtpm.processor.worker.ports import CrbPort, PacketPort, Port
 from spvtpm.processor.worker.tpm import WorkerTpm
+from spvtpm.wire.ek_templates import EkTemplate
 from spvtpm.wire.errors import MessageError, SpvtpmError, StorageError
 
 
-def run(connection: socket.socket, missing: list[str], *, blank: bool) -> None:
+def run(connection: socket.socket, missing: list[str], *, blank: Sequence[EkTemplate] | None) -> None:
     """Serves one vTPM until it is parked, powered off, or the SP is gone.
 
     Args:
         connection: to the SP.
         missing: the sandbox layers that this kernel does not give, for the SP's log.
-        blank: manufacture a TPM while waiting for the first message.
+        blank: manufacture a TPM while waiting for the first message, with these EKs.
     """
     control = Control(connection)
     with suppress(SecureProcessorGoneError), ExitStack() as cleanup:
         try:
-            tpm = WorkerTpm(control.commit)
+            tpm = WorkerTpm(control.commit, control.endorse)
             cleanup.callback(tpm.close)
-            if blank:
-                tpm.make_blank()
+            if blank is not None:
+                with stepping_back():
+                    tpm.make_blank(blank)
             descriptors = control.receive_descriptors()
             for descriptor in descriptors:
                 cleanup.callback(os.close, descriptor)

@@ -5,8 +5,8 @@ born in them and confines itself further. It is the first process of its own PID
 if it dies, the kernel kills all workers.
 
 Messages on its socket (SOCK_SEQPACKET): `F` + tag with one descriptor asks for a worker that talks over it, `B` for one that
-manufactures a blank TPM while it waits; `K` + tag kills one; the zygote answers `X` + tag + wait status when a worker has
-ended, and `R` + text once it is ready. A tag is 32 bits.
+manufactures a blank TPM with its EKs while it waits; `K` + tag kills one; the zygote answers `X` + tag + wait status when a
+worker has ended, and `R` + text once it is ready. A tag is 32 bits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from contextlib import suppress
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces import direct
 from spvtpm.processor.worker import worker
+from spvtpm.processor.worker.patience import allow_going_back
 from spvtpm.processor.worker.rehearsal import rehearse
 from spvtpm.processor.worker.sandbox import Sandbox, enter_namespaces
+from spvtpm.wire.ek_templates import EK_TEMPLATES
 
 FORK = b"F"
 FORK_BLANK = b"B"
@@ -100,7 +102,7 @@ class Zygote:
         os.close(self._child_ended)
         self._link.close()
         missing = self._missing + self._sandbox.confine(expected_parent=zygote)
-        worker.run(socket.socket(fileno=descriptor), missing, blank=blank)
+        worker.run(socket.socket(fileno=descriptor), missing, blank=EK_TEMPLATES if blank else None)
 
     def _reap(self) -> None:
         with suppress(BlockingIOError):
@@ -125,6 +127,7 @@ def main() -> None:
     direct.warm_up()
     rehearse()
     sandbox = Sandbox.prepare()
+    allow_going_back()
     missing = enter_namespaces()
     # The new PID namespace begins with the next child: it becomes the zygote, this process only waits for its end.
     pid = os.fork()

@@ -1,0 +1,41 @@
+"""What all vTPMs of one secure processor share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spvtpm.processor.endorser import Endorser
+from spvtpm.processor.nv_store import Change, NvStore
+from spvtpm.processor.parking import ParkingLot
+from spvtpm.processor.worker_pool import WorkerPool
+
+Commit = Callable[[Sequence[Change]], Coroutine[None, None, None]]
+"""Returns once the changes are durable, or raises `StorageError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VtpmServices:
+    """What every vTPM of an SP shares.
+
+    Attributes:
+        store: non-volatile storage, for reading.
+        commit: makes changes to it durable.
+        endorser: certifies the EKs of new vTPMs.
+        pool: worker processes.
+        parking: parked states.
+        runtime: directory of interface sockets.
+        allowed_uids: who may take interfaces.
+        on_failure: told of each VM whose vTPM died by itself, and why.
+    """
+
+    store: NvStore
+    commit: Commit
+    endorser: Endorser
+    pool: WorkerPool
+    parking: ParkingLot
+    runtime: Path
+    allowed_uids: frozenset[int]
+    on_failure: Callable[[uuid.UUID, str], None]
