@@ -19,11 +19,12 @@ from spvtpm.processor.fuses.pkcs11_token import Token, TokenKey
 from spvtpm.processor.fuses.sealing import MAX_SEALED_BYTES, read_sealed_file
 from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.wire.certificate_building import Issuer
-from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES, parse_chain
+from spvtpm.wire.certificates import parse_chain
 from spvtpm.wire.checksummed import ChecksummedFile
 from spvtpm.wire.chip_file import Chip
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import FusesError, SpvtpmError
+from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
 
 _LABEL = b"spvtpm fuses sealed to a token v1"
 _Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
