@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spvtpm.processor.fuses.file import load_fuses
+from spvtpm.processor.fuses.keepers import load_fuses
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.vtpm_records import endorsement_name
 from spvtpm.wire import messages, owner_messages
