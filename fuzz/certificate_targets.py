@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+from tests.endorsements import VTPM, new_endorsement
 from tests.papers import NOW, Papers, papers
 
 from fuzz.program import Program
@@ -12,8 +13,10 @@ from fuzz.target import Target
 from spvtpm.wire.certificate_policies import Purpose, genuine
 from spvtpm.wire.certificates import parse_chain
 from spvtpm.wire.chip_file import encode_chip_file, parse_chip_file
+from spvtpm.wire.endorsement_certificates import verify_endorsement
 from spvtpm.wire.errors import CertificateError, CertificateRefused, ChipFileError
 from spvtpm.wire.revocation import parse_revocation_list
+from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
 
 @cache
@@ -42,6 +45,25 @@ def fuzz_chain(data: bytes) -> None:
     except (CertificateError, CertificateRefused):
         return
     assert tuple(chain) == good, "what is believed is what was signed"
+
+
+@cache
+def _endorsement() -> VtpmEndorsement:
+    return new_endorsement(_papers())
+
+
+def fuzz_ek_certificate(data: bytes) -> None:
+    """A vTPM's endorsement with damage, or none, is refused by its parsers or by the chip's chain."""
+    program = Program(data)
+    good = _endorsement()
+    chosen = program.choose(good.certificates)
+    der = program.take(400) if program.below(4) == 3 else _damaged(program, chosen)
+    policy = genuine(Purpose.CHIP, [_papers().vendor.root], parse_revocation_list(_list()), NOW)
+    try:
+        verify_endorsement(VtpmEndorsement(certificates=(der,), issuer=good.issuer), VTPM, policy)
+    except (CertificateError, CertificateRefused):
+        return
+    assert der == chosen, "what is believed is what was signed"
 
 
 def fuzz_revocation_list(data: bytes) -> None:
@@ -73,6 +95,7 @@ def _chip_files() -> Sequence[bytes]:
 
 CERTIFICATE_TARGETS = (
     Target("chain", "certificate chains of chips and channels", fuzz_chain, lambda: [bytes(8)], examples=150),
+    Target("ek_certificate", "certificates of vTPMs' EKs", fuzz_ek_certificate, lambda: [bytes(8)], examples=150),
     Target("revocation_list", "the vendor's list of revoked chips", fuzz_revocation_list, lambda: [bytes(4)]),
     Target("chip_file", "the file that a vendor puts into a chip", fuzz_chip_file, _chip_files),
 )

@@ -24,12 +24,15 @@ _SNAPSHOT = worker.InterfaceSnapshot("READY", True, 0, b"n" * 32, 7, (b"a" * 32,
 _TO_WORKER: Sequence[worker.ToWorker] = (
     worker.Start(worker.DirectPort(b"v" * 16, b"b" * 16, b"k" * 32, _SNAPSHOT), b"permanent", b"volatile"),
     worker.Start(worker.PacketPort()),
+    worker.Start(worker.PacketPort(), endorsed=True, pcr_banks=["sha256"], reseed=True),
+    worker.Endorsed([b"certificate"], (b"chip", b"intermediate", b"root")),
     worker.Committed(),
     worker.Committed("no room"),
     worker.Park(only_if_idle=True),
     worker.PowerOff(),
 )
 _FROM_WORKER: Sequence[worker.FromWorker] = (
+    worker.Endorse([b"public"], 1, 2, 0, 164),
     worker.Commit(b"permanent"),
     worker.Ready(["no Landlock"]),
     worker.Refused(3, 1),
@@ -43,6 +46,7 @@ _REPLIES: Sequence[messages.Reply] = (
     messages.VmList([messages.VmInfo(_VM, "stopped", 2, None)]),
     messages.Status("c0" * 16, "0.1.0", 1, 1, 0, ["no Landlock"]),
     messages.Done(),
+    messages.Endorsement(vtpm_id=_VM, certificates=(b"ek",), issuer=(b"chip", b"intermediate", b"root")),
     messages.ErrorReply("not-found", "there is no such VM"),
 )
 _WITH_VM = (
@@ -51,6 +55,7 @@ _WITH_VM = (
 )
 _REQUESTS: Sequence[messages.Request] = (
     *(request(vm_id=_VM) for request in _WITH_VM),
+    messages.GetEndorsement(vm_id=_VM),
     messages.ListVms(),
     messages.GetStatus(),
 )
@@ -60,6 +65,18 @@ _FIELDS = (
     *("boots", "vtpm", "vms", "chip_id", "software", "active", "parked", "missing_protection", "code", "message"),
     *("port", "permanent", "volatile", "snapshot", "boot_id", "boot_key", "granted", "error", "sp_nonce", "sequence"),
     *("session", "only_if_idle", "missing", "count", "reason", "format"),
+    *(
+        "endorsed",
+        "pcr_banks",
+        "reseed",
+        "certificates",
+        "issuer",
+        "publics",
+        "manufacturer",
+        "firmware",
+        "level",
+        "revision",
+    ),
 )
 _WORDS = [bytes([0xA0 | len(word)]) + word.encode() for word in (*_KINDS, *_FIELDS) if len(word) < 32]
 _WORDS += [b"\xc0", b"\xc2", b"\xc3", b"\xff", b"\xca\x7f\xc0\0\0", b"\xcf" + b"\xff" * 8, b"\xc7\x0c\xff", b"\xa1\xff"]
