@@ -12,7 +12,6 @@ from spvtpm.processor.interfaces.direct import TpmFailedError
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.control import Control, SecureProcessorGoneError
 from spvtpm.processor.worker.messages import Failed, Off, Park, Parked, PowerOff, Ready, Start, StillBusy, ToWorker
-from spvtpm.processor.worker.patience import stepping_back
 from spvtpm.processor.worker.ports import CrbPort, PacketPort, Port
 from spvtpm.processor.worker.tpm import WorkerTpm
 from spvtpm.wire.ek_templates import EkTemplate
@@ -33,8 +32,7 @@ def run(connection: socket.socket, missing: list[str], *, blank: Sequence[EkTemp
             tpm = WorkerTpm(control.commit, control.endorse)
             cleanup.callback(tpm.close)
             if blank is not None:
-                with stepping_back():
-                    tpm.make_blank(blank)
+                tpm.make_blank(blank)
             descriptors = control.receive_descriptors()
             for descriptor in descriptors:
                 cleanup.callback(os.close, descriptor)

@@ -23,7 +23,6 @@ from contextlib import suppress
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces import direct
 from spvtpm.processor.worker import worker
-from spvtpm.processor.worker.patience import allow_going_back
 from spvtpm.processor.worker.rehearsal import rehearse
 from spvtpm.processor.worker.sandbox import Sandbox, enter_namespaces
 from spvtpm.wire.ek_templates import EK_TEMPLATES
@@ -127,7 +126,6 @@ def main() -> None:
     direct.warm_up()
     rehearse()
     sandbox = Sandbox.prepare()
-    allow_going_back()
     missing = enter_namespaces()
     # The new PID namespace begins with the next child: it becomes the zygote, this process only waits for its end.
     pid = os.fork()
