@@ -148,7 +148,7 @@ def ek_certificate(issuer: Issuer) -> bytes:
 
 def endorsement(*certificates: bytes, issuer: tuple[bytes, ...] | None = None) -> Endorsement:
     chain = issuer or papers().chip_chain
-    return Endorsement(vtpm_id=uuid.UUID(int=1), certificates=certificates, issuer=(chain[0], chain[1], chain[2]))
+    return Endorsement(vtpm_id=uuid.UUID(int=1), certificates=list(certificates), issuer=(chain[0], chain[1], chain[2]))
 
 
 @pytest.mark.attack("A20")

@@ -25,7 +25,7 @@ from spvtpm.terminal.keyring_file import (
     parse_sealed,
     passphrase_key_of,
 )
-from spvtpm.terminal.whereabouts import AtChip, Destroyed, Exporting, Importing, InFile, Known
+from spvtpm.terminal.whereabouts import AtChip, Destroyed, Exporting, Importing, InFile, Known, Place
 from spvtpm.wire.errors import (
     AlreadyExists,
     CertificateError,
@@ -41,7 +41,7 @@ from tests.papers import NOW, der, new_papers, papers
 
 PASSPHRASE = b"correct horse"
 CHIP, SHA256 = b"chip of 16 bytes", b"sha-256 has a size of 32 bytes !"
-PLACES = (
+PLACES: tuple[Place, ...] = (
     AtChip(CHIP),
     InFile(3, SHA256, "/tmp/file"),
     Exporting(CHIP, 3, SHA256, "/tmp/file"),
@@ -60,7 +60,7 @@ def quick_key(passphrase: bytes = PASSPHRASE) -> PassphraseKey:
     return keyring_file._derive(passphrase, 14, 8, 1, bytes(32))
 
 
-def known(place: AtChip | InFile | Exporting | Importing | Destroyed) -> Known:
+def known(place: Place) -> Known:
     return Known(uuid.uuid4(), uuid.uuid4(), "a label", 3, place)
 
 

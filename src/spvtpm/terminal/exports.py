@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.files import create_file, read_file, sync_directory
-from spvtpm.terminal.desk import Desk
+from spvtpm.terminal.desk import Desk, find_vm
 from spvtpm.terminal.session import OwnerSession, Progress, ReceivedFile, no_progress
 from spvtpm.terminal.whereabouts import Exporting, InFile, Known
 from spvtpm.wire.errors import (
@@ -32,6 +32,7 @@ from spvtpm.wire.errors import (
     StorageError,
 )
 from spvtpm.wire.instance_file import MAX_FILE_BYTES, parse_instance_header
+from spvtpm.wire.owner_messages import MyVm
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +64,18 @@ def export_vtpm(desk: Desk, vm_id: uuid.UUID, output: Path, progress: Progress =
     """
     output = output.absolute()
     with desk.keyring.moving(), desk.connect() as session:
-        before = next((known for known in desk.keyring.content.vtpms if _is_pending(known, vm_id)), None)
-        if before is not None:
-            finished = _settle(desk, session, before)
-            if finished is not None:
-                return finished
+        before = _last(desk, vm_id, Exporting)
+        finished = None if before is None else _settle(desk, session, before)
+        if finished is not None:
+            return finished
+        vm = _present(desk, session, vm_id)
+        if isinstance(vm, Exported):
+            return vm
         _check_output(output, before)
         received = session.export(vm_id, progress)
-        known = _exporting(desk, session, vm_id, received, output)
-        if before is not None:
-            _remove_void(before)
+        known = _exporting(desk, session, vm, received, output)
+        if before is not None and isinstance(before.place, Exporting):
+            _remove_void(before.place)
         desk.keyring.remember(known)
         create_file(output, received.content)
         session.acknowledge(vm_id, received)
@@ -82,8 +85,10 @@ def export_vtpm(desk: Desk, vm_id: uuid.UUID, output: Path, progress: Progress =
     return Exported(known, file, resumed=False)
 
 
-def _is_pending(known: Known, vm_id: uuid.UUID) -> bool:
-    return known.vm_id == vm_id and isinstance(known.place, Exporting)
+def _last(desk: Desk, vm_id: uuid.UUID, kind: type[Exporting | InFile]) -> Known | None:
+    """What is remembered of a vTPM of this VM that is at such a place; of several, the one remembered last."""
+    of_vm = (known for known in desk.keyring.content.vtpms if known.vm_id == vm_id)
+    return next((known for known in reversed(list(of_vm)) if isinstance(known.place, kind)), None)
 
 
 def _settle(desk: Desk, session: OwnerSession, before: Known) -> Exported | None:
@@ -96,25 +101,46 @@ def _settle(desk: Desk, session: OwnerSession, before: Known) -> Exported | None
         raise NotFound(
             f"{chip} does not have the vTPM {before.vtpm_id}, whose export was broken off: {fate.state} there"
         )
-    if not known.place.path:
-        raise StaleInstance(f"another keyring has exported the vTPM {before.vtpm_id}, as version {fate.version}")
-    if _sha256_of(Path(known.place.path)) != known.place.sha256:
-        raise KeyringError(
-            f"{known.place.path} is not the file that was exported, and nothing else is left of the vTPM"
-        )
-    return Exported(known, known.place, resumed=True)
+    return _finished(known, known.place)
+
+
+def _present(desk: Desk, session: OwnerSession, vm_id: uuid.UUID) -> MyVm | Exported:
+    """The VM; or the export by which it has left already.
+
+    Raises:
+        NotFound: neither.
+    """
+    try:
+        return find_vm(session, vm_id)
+    except NotFound:
+        left = _last(desk, vm_id, InFile)
+        if left is None or not isinstance(left.place, InFile):
+            raise
+        if session.ask_fate(left.vtpm_id).sha256 != left.place.sha256:
+            raise
+        return _finished(left, left.place)
+
+
+def _finished(known: Known, place: InFile) -> Exported:
+    if not place.path:
+        raise StaleInstance(f"another keyring has exported the vTPM {known.vtpm_id}, as version {place.version}")
+    if _sha256_of(Path(place.path)) != place.sha256:
+        raise KeyringError(f"{place.path} is not the file that was exported, and nothing else is left of the vTPM")
+    return Exported(known, place, resumed=True)
 
 
 def _check_output(output: Path, before: Known | None) -> None:
+    """Whether a file may be made there; a void one, which an export has left that was broken off, counts as none."""
     if not output.parent.is_dir():
         raise StorageError(f"there is no directory {output.parent}")
     if output.exists() or output.is_symlink():
-        void = before is not None and isinstance(before.place, Exporting) and before.place.path == str(output)
-        if not (void and before is not None and _is_void_file(before)):
+        if before is None or not isinstance(before.place, Exporting):
+            raise AlreadyExists(f"{output} exists already")
+        if before.place.path != str(output) or not _is_as_left(before.place):
             raise AlreadyExists(f"{output} exists already")
 
 
-def _exporting(desk: Desk, session: OwnerSession, vm_id: uuid.UUID, received: ReceivedFile, output: Path) -> Known:
+def _exporting(desk: Desk, session: OwnerSession, vm: MyVm, received: ReceivedFile, output: Path) -> Known:
     """What is to be remembered of a file that came whole.
 
     Raises:
@@ -123,7 +149,7 @@ def _exporting(desk: Desk, session: OwnerSession, vm_id: uuid.UUID, received: Re
     """
     begins, header = received.begins, parse_instance_header(received.content)
     told = (header.vtpm_id, header.version, header.hibernated, header.vm_id, header.fleet_id)
-    if told != (begins.vtpm_id, begins.version, begins.hibernated, vm_id, session.verified.fleet_id):
+    if told != (begins.vtpm_id, begins.version, begins.hibernated, vm.vm_id, session.verified.fleet_id):
         raise InstanceFileError("the header of the file that came is not that of what was asked for")
     old = desk.keyring.known(begins.vtpm_id)
     if old is not None and begins.version <= old.newest:
@@ -132,13 +158,13 @@ def _exporting(desk: Desk, session: OwnerSession, vm_id: uuid.UUID, received: Re
             "seen: it was put back to an older state"
         )
     place = Exporting(session.verified.chip_id, begins.version, received.sha256, str(output))
-    return Known(begins.vtpm_id, vm_id, "" if old is None else old.label, begins.version, place)
+    return Known(begins.vtpm_id, vm.vm_id, vm.label, begins.version, place)
 
 
-def _remove_void(before: Known) -> None:
+def _remove_void(place: Exporting) -> None:
     """Takes away what an export left that was broken off; the vTPM is in its secure processor. A file that changed stays."""
-    if isinstance(before.place, Exporting) and _is_void_file(before):
-        path = Path(before.place.path)
+    if _is_as_left(place):
+        path = Path(place.path)
         try:
             path.unlink()
             sync_directory(path.parent)
@@ -146,8 +172,8 @@ def _remove_void(before: Known) -> None:
             raise StorageError(f"cannot remove {path}: {error.strerror}") from None
 
 
-def _is_void_file(before: Known) -> bool:
-    return isinstance(before.place, Exporting) and _sha256_of(Path(before.place.path)) == before.place.sha256
+def _is_as_left(place: Exporting) -> bool:
+    return _sha256_of(Path(place.path)) == place.sha256
 
 
 def _sha256_of(path: Path) -> bytes:

@@ -43,10 +43,10 @@ def import_vtpm(desk: Desk, vm_id: uuid.UUID, vm_key: bytes, path: Path, progres
     with desk.keyring.moving():
         with desk.connect() as session:
             chip_id, known = session.verified.chip_id, desk.keyring.known(header.vtpm_id)
-            if known is not None and isinstance(known.place, Importing) and known.place.chip_id == chip_id:
+            if known is not None and _may_be_done(known, header, chip_id):
                 fate, known = desk.settle(session, header.vtpm_id)
                 if fate.state == "here" and known is not None and known.vm_id == vm_id:
-                    return find_vm(session, vm_id)  # it had been done
+                    return find_vm(session, vm_id)
             check_import(known, header, sha256)
             _check_fleet(header, session)
         place = Importing(chip_id, header.version, sha256, _before(known))
@@ -59,6 +59,14 @@ def import_vtpm(desk: Desk, vm_id: uuid.UUID, vm_key: bytes, path: Path, progres
         newest = max(newest, header.version, vm.version)
         desk.keyring.remember(Known(header.vtpm_id, vm_id, vm.label, newest, AtChip(chip_id)))
     return vm
+
+
+def _may_be_done(known: Known, header: InstanceHeader, chip_id: bytes) -> bool:
+    """Whether this import was begun before, and perhaps finished, at this chip."""
+    place = known.place
+    if isinstance(place, AtChip):
+        return place.chip_id == chip_id and known.newest == header.version
+    return isinstance(place, Importing) and place.chip_id == chip_id
 
 
 def _before(known: Known | None) -> InFile | None:

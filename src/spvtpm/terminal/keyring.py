@@ -151,7 +151,7 @@ class Keyring:
         return next((known for known in self.content.vtpms if known.vtpm_id == vtpm_id), None)
 
     def remember(self, *vtpms: Known) -> None:
-        """Puts these in the place of what was remembered of them.
+        """Puts these, last, in the place of what was remembered of them.
 
         Raises:
             ResourceError: there is no room for another vTPM.
@@ -159,10 +159,10 @@ class Keyring:
         new = {known.vtpm_id: known for known in vtpms}
 
         def change(content: Content) -> Content:
-            kept = {known.vtpm_id: known for known in content.vtpms} | new
+            kept = [known for known in content.vtpms if known.vtpm_id not in new] + list(new.values())
             if len(kept) > MAX_VTPMS:
                 raise ResourceError(f"the keyring remembers {MAX_VTPMS} vTPMs; forget one that is no more")
-            return replace(content, vtpms=tuple(kept.values()))
+            return replace(content, vtpms=tuple(kept))
 
         if new:
             self.update(change)
