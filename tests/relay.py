@@ -17,11 +17,15 @@ Side = Literal["owner", "sp"]
 """Who has sent a frame."""
 
 Hook = Callable[[Side, int, bytes], list[bytes]]
-"""What becomes of a side's n-th frame on a connection: what is handed on in its place. `Cut` ends the connection."""
+"""What becomes of a side's n-th frame on a connection: what is handed on in its place. `Cut` and `Held` end the connection."""
 
 
 class Cut(Exception):
     """The relay ends the connection."""
+
+
+class Held(Exception):
+    """The relay ends the sender's connection, keeps the other one, and may use it: `Relay.inject`."""
 
 
 def honest(_side: Side, _number: int, frame: bytes) -> list[bytes]:
@@ -43,6 +47,9 @@ class Relay:
         self.seen: list[tuple[Side, bytes]] = []
         self._threads: list[threading.Thread] = []
         self._open: list[socket.socket] = []
+        self._held: set[socket.socket] = set()
+        self._news = threading.Condition()
+        self._to_sp: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(64)
@@ -51,6 +58,14 @@ class Relay:
     def frames(self, side: Side) -> list[bytes]:
         """What this side has sent."""
         return [frame for sender, frame in self.seen if sender == side]
+
+    def inject(self, frame: bytes) -> bytes:
+        """Hands a frame on to the secure processor in the last connection to it; gives the frame that it answers with."""
+        with self._news:
+            before = len(self.frames("sp"))
+            self._to_sp[-1].sendall(encode_frame(frame))
+            assert self._news.wait_for(lambda: len(self.frames("sp")) > before, 30)
+        return self.frames("sp")[before]
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +101,7 @@ class Relay:
                     sp = socket.socket(socket.AF_UNIX)
                     sp.connect(str(self.target))
                     self._open.append(sp)
+                    self._to_sp.append(sp)
                     self._start(self._carry, "sp", sp, owner)
                 self._start(self._carry, "owner", owner, sp or owner)
 
@@ -94,9 +110,20 @@ class Relay:
         with suppress(OSError, Cut):
             while data := source.recv(1 << 16):
                 for frame in decoder.feed(data):
-                    self.seen.append((side, frame))
-                    for handed_on in self.hook(side, number, frame):
-                        destination.sendall(encode_frame(handed_on))
+                    with self._news:
+                        self.seen.append((side, frame))
+                        self._news.notify_all()
+                    try:
+                        self._hand_on(destination, self.hook(side, number, frame))
+                    except Held:
+                        self._held.add(source)
+                        self._end(source)
+                        return
                     number += 1
         self._end(source)
         self._end(destination)
+
+    def _hand_on(self, destination: socket.socket, frames: list[bytes]) -> None:
+        if destination not in self._held:
+            for frame in frames:
+                destination.sendall(encode_frame(frame))

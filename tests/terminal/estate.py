@@ -43,9 +43,11 @@ class Estate:
         self.keyring = new_keyring(directory / "keyring")
         self.sps = [RunningSp(directory / f"sp{number}") for number in range(chips)]
 
-    def desk(self, chip: int = 0, channel: Path | None = None, wishes: Wishes | None = None) -> Desk:
+    def desk(
+        self, chip: int = 0, channel: Path | None = None, wishes: Wishes | None = None, timeout_s: float = 30
+    ) -> Desk:
         """The owner's desk at one of the chips, or at whatever answers at `channel`."""
-        return Desk(self.keyring, channel or self.sps[chip].state, wishes or Wishes(), timeout_s=30)
+        return Desk(self.keyring, channel or self.sps[chip].state, wishes or Wishes(), timeout_s=timeout_s)
 
     def channel(self, chip: int = 0) -> Path:
         """A chip's channel socket."""
