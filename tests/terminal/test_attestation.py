@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA384
-from cryptography.x509 import (
-    AuthorityKeyIdentifier,
-    CertificateBuilder,
-    Name,
-    NameAttribute,
-    random_serial_number,
-)
-from cryptography.x509.oid import NameOID
+from msgspec.structs import replace
 
 from spvtpm.terminal.attestation import Demands, Verified, verify_endorsement, verify_secure_processor
 from spvtpm.terminal.keyring import list_issuer
-from spvtpm.wire.certificate_building import Issuer
+from spvtpm.vendor.factory import ALL_FEATURES, make_chip
 from spvtpm.wire.certificate_extensions import Features
 from spvtpm.wire.errors import (
     CertificateError,
@@ -32,8 +22,8 @@ from spvtpm.wire.errors import (
     SpvtpmError,
     UntrustedIssuer,
 )
-from spvtpm.wire.owner_messages import Endorsement
-from tests.papers import DAY, NOW, channel_chain, der, new_papers, papers
+from tests.papers import DAY, NOW, channel_chain, new_papers, papers, todays_papers
+from tests.terminal.estate import Estate
 
 Change = dict[str, object]
 
@@ -128,38 +118,29 @@ def test_a_chips_own_chain_opens_no_channel() -> None:
 # Endorsements
 
 
-def ek_certificate(issuer: Issuer) -> bytes:
-    """Of some key, as far as its signature is concerned."""
-    key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    own = issuer.key.public_key()
-    certificate = (
-        CertificateBuilder()
-        .serial_number(random_serial_number())
-        .issuer_name(issuer.certificate.subject)
-        .subject_name(Name([NameAttribute(NameOID.COMMON_NAME, "EK")]))
-        .public_key(key)
-        .not_valid_before(NOW)
-        .not_valid_after(NOW + DAY)
-        .add_extension(AuthorityKeyIdentifier.from_issuer_public_key(own), critical=False)
-        .sign(issuer.key, SHA384())
-    )
-    return der(certificate)
-
-
-def endorsement(*certificates: bytes, issuer: tuple[bytes, ...] | None = None) -> Endorsement:
-    chain = issuer or papers().chip_chain
-    return Endorsement(vtpm_id=uuid.UUID(int=1), certificates=list(certificates), issuer=(chain[0], chain[1], chain[2]))
-
-
 @pytest.mark.attack("A20")
-def test_ek_certificates_are_those_that_a_genuine_chip_has_signed() -> None:
-    good, fake = ek_certificate(papers().chip), new_papers()
-    chip = verify_endorsement(endorsement(good, good), demands(), NOW)
-    assert (chip.chip_id, chip.firmware) == (papers().made.chip_id, None)
+@pytest.mark.claim("C7")
+def test_ek_certificates_are_those_of_this_vtpm_by_a_genuine_chip(estate: Estate) -> None:
+    first, second = estate.stopped_vm(), estate.stopped_vm()
+    found, chip = estate.desk().endorsement(first)
+    other, _chip = estate.desk().endorsement(second)
+    fake = new_papers().chip_chain
+    trust = Demands([todays_papers().root.certificate], estate.keyring.revocation_lists())
+    vtpm_id, now = estate.vtpm_of(first), datetime.now(UTC)
 
+    assert (found.vtpm_id, len(found.certificates) >= 2, chip.firmware) == (vtpm_id, True, None)
+    assert chip.chip_id.hex() in estate.sps[0].log()
+    verify_endorsement(found, vtpm_id, trust, now)
+    with pytest.raises(UntrustedIssuer, match="is one of the vTPM"):
+        verify_endorsement(replace(other, vtpm_id=vtpm_id), vtpm_id, trust, now)
+    with pytest.raises(UntrustedIssuer, match="root that is not trusted"):
+        verify_endorsement(replace(found, issuer=(fake[0], fake[1], fake[2])), vtpm_id, trust, now)
     with pytest.raises(UntrustedIssuer):
-        verify_endorsement(endorsement(good, ek_certificate(fake.chip)), demands(), NOW)
-    with pytest.raises(UntrustedIssuer):
-        verify_endorsement(endorsement(ek_certificate(fake.chip), issuer=fake.chip_chain), demands(), NOW)
+        verify_endorsement(replace(found, issuer=put_another_chip()), vtpm_id, trust, now)
     with pytest.raises(CertificateError):
-        verify_endorsement(endorsement(good[:-1]), demands(), NOW)
+        verify_endorsement(replace(found, certificates=(found.certificates[0][:-1],)), vtpm_id, trust, now)
+
+
+def put_another_chip() -> tuple[bytes, bytes, bytes]:
+    """The chain of another chip of the same vendor."""
+    return make_chip(todays_papers().vendor, "another", ALL_FEATURES, datetime.now(UTC) - DAY).certificates

@@ -7,6 +7,7 @@ its channel certificate the evidence; the terminal is verifier and relying party
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,11 +29,11 @@ from spvtpm.wire.certificate_policies import (
     Purpose,
     TrustedRoots,
     genuine,
-    verify_issued_by,
 )
 from spvtpm.wire.certificates import Chain, parse_chain
-from spvtpm.wire.errors import CertificateError, RevocationUnknown, UntrustedIssuer
-from spvtpm.wire.owner_messages import Endorsement
+from spvtpm.wire.endorsement_certificates import parse_ek_certificate, verify_endorsed
+from spvtpm.wire.errors import RevocationUnknown, UntrustedIssuer
+from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.revocation import RevocationList
 
 NEEDED = Features.SECURE_VIRTUALISATION | Features.VTPM
@@ -123,21 +124,23 @@ def verify_secure_processor(papers: Sequence[bytes], demands: Demands, now: date
     return _result(chain, revoked)
 
 
-def verify_endorsement(endorsement: Endorsement, demands: Demands, now: datetime) -> Verified:
-    """Whether a vTPM's EK certificates are signed by a genuine chip; gives the chip, which may be another than the channel's.
+def verify_endorsement(endorsement: Endorsement, vtpm_id: uuid.UUID, demands: Demands, now: datetime) -> Verified:
+    """Whether these are the EK certificates of this vTPM, by a genuine chip; gives the chip, perhaps another than the channel's.
+
+    Args:
+        endorsement: hostile bytes.
+        vtpm_id: of the vTPM that the owner means.
+        demands: of the owner; what he wishes of the channel's chip does not count here.
+        now: with a time zone.
 
     Raises:
         CertificateError: a certificate is malformed.
-        CertificateRefused: the chip is not genuine, or did not sign one of them.
+        CertificateRefused: the chip is not genuine, or has not certified this vTPM's keys.
     """
     chain = parse_chain(endorsement.issuer)
     revoked = _verify_genuine(chain, Purpose.CHIP, demands, now)
-    for der in endorsement.certificates:
-        try:
-            certificate = x509.load_der_x509_certificate(der)
-            verify_issued_by(certificate, chain.chip_certificate, "EK certificate")
-        except (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.InvalidVersion):
-            raise CertificateError("an EK certificate is malformed") from None
+    for ek in map(parse_ek_certificate, endorsement.certificates):
+        verify_endorsed(ek, chain, vtpm_id)
     return _result(chain, revoked)
 
 

@@ -19,7 +19,8 @@ from spvtpm.terminal.session import TIMEOUT_S, OwnerSession
 from spvtpm.terminal.whereabouts import AtChip, Destroyed, Known, after_fate
 from spvtpm.wire.errors import NotFound
 from spvtpm.wire.instance_content import Policy
-from spvtpm.wire.owner_messages import Endorsement, Event, Fate, MyVm
+from spvtpm.wire.messages import Endorsement
+from spvtpm.wire.owner_messages import Event, Fate, MyVm
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,11 @@ class Desk:
             CertificateError, CertificateRefused: they are not what they should be.
         """
         with self.connect() as session:
+            vtpm_id = find_vm(session, vm_id).vtpm_id
+            if vtpm_id is None:
+                raise NotFound(f"the VM {vm_id} has no vTPM yet")
             endorsement = session.endorsement(vm_id)
-        return endorsement, verify_endorsement(endorsement, self._demands(), self._now())
+        return endorsement, verify_endorsement(endorsement, vtpm_id, self._demands(), self._now())
 
     def settle(self, session: OwnerSession, vtpm_id: uuid.UUID) -> tuple[Fate, Known | None]:
         """Asks what became of a vTPM there, and remembers what follows. The caller holds `keyring.moving()`.

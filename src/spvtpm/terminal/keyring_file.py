@@ -20,12 +20,13 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 from msgspec import Meta
 
 from spvtpm.terminal.whereabouts import Known
-from spvtpm.wire.certificates import MAX_CERTIFICATE_BYTES, ROOT, parse_certificate
+from spvtpm.wire.certificates import ROOT, parse_certificate
 from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import CertificateError, KeyringError, WrongPassphrase
 from spvtpm.wire.instance_file import SECRET_BYTES
 from spvtpm.wire.owner_certificates import parse_owner_certificate
+from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
 
 FORMAT: Final = 1
 MAX_KEYRING_BYTES: Final = 1 << 23

@@ -23,7 +23,7 @@ from spvtpm.terminal.relay import Relay
 from spvtpm.wire.channel import Introduce, Knock, Papers, SecureChannel, encode_clear, parse_clear
 from spvtpm.wire.errors import ChannelError, InstanceFileError, MessageError, SpvtpmError, error_from_code
 from spvtpm.wire.instance_content import Policy
-from spvtpm.wire.messages import ErrorReply
+from spvtpm.wire.messages import Endorsement, ErrorReply
 from spvtpm.wire.owner_certificates import parse_owner_certificate
 from spvtpm.wire.owner_messages import (
     MAX_OWNER_MESSAGE_BYTES,
@@ -32,7 +32,6 @@ from spvtpm.wire.owner_messages import (
     AskFate,
     DestroyVm,
     Done,
-    Endorsement,
     Event,
     Events,
     ExportBegins,
