@@ -121,7 +121,7 @@ class NotFound(PolicyError):
     """No such VM or vTPM."""
 
     code = "not-found"
-    hint = "List what exists with `spvtpm hypervisor list`."
+    hint = "List what exists: `spvtpm hypervisor list` for the host, `spvtpm terminal list` for an owner."
 
 
 class ChipUnknown(PolicyError):
