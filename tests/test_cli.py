@@ -43,6 +43,25 @@ COMMANDS = [
     ("guest", "new-key"),
     ("guest", "tcti"),
     ("guest", "serve"),
+    *(
+        ("terminal", name)
+        for name in (
+            "init",
+            "trust",
+            "verify",
+            "provision",
+            "export",
+            "destroy",
+            "rotate-secret",
+            "list",
+            "status",
+            "fate",
+            "events",
+            "endorsement",
+            "forget",
+            "inspect",
+        )
+    ),
     *(("vendor", name) for name in ("init", "manufacture", "revoke", "refresh-list", "raise-generation")),
 ]
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "spvtpm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_MODULE = 400
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
-DOMAINS_WITHOUT_ENVIRONMENT = ("engine", "wire", "processor", "guest")
+DOMAINS_WITHOUT_ENVIRONMENT = ("engine", "wire", "processor", "guest", "terminal")
 UNTRUSTED = {"cloud", "hypervisor"}
 REGISTRY_HOSTS = tuple(
     ".".join(labels)

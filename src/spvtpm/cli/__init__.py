@@ -14,10 +14,11 @@ from cyclopts import App
 from spvtpm.cli.guest import guest_app
 from spvtpm.cli.hypervisor import hypervisor_app
 from spvtpm.cli.secure_processor import sp_app
+from spvtpm.cli.terminal import terminal_app
 from spvtpm.cli.vendor import vendor_app
 from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
-GROUPS = (sp_app, hypervisor_app, guest_app, vendor_app)
+GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app)
 
 app = App(
     name="spvtpm",

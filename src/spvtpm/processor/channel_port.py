@@ -11,13 +11,14 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from spvtpm.processor.channel_identity import ChannelKeys
+from spvtpm.processor.channel_order import ChannelOrder, Turn
 from spvtpm.processor.connections import Connections
 from spvtpm.wire.channel import (
     MAX_CHANNEL_FRAME_BYTES,
@@ -64,25 +65,33 @@ class ChannelPort:
         path: of the socket.
         allowed_uids: whose processes may relay.
         keys: who the SP is.
-        open_session: for an owner, known by the fingerprint of its key, 32 bytes.
+        open_session: for an owner, known by the fingerprint of its key, 32 bytes, and its channel's turn.
 
     Raises:
         ResourceError: the socket cannot be had.
     """
 
     def __init__(
-        self, path: Path, allowed_uids: frozenset[int], keys: ChannelKeys, open_session: Callable[[bytes], Session]
+        self,
+        path: Path,
+        allowed_uids: frozenset[int],
+        keys: ChannelKeys,
+        open_session: Callable[[bytes, Turn], Session],
     ) -> None:
         self._keys = keys
         self._open_session = open_session
         self._of_owner: Counter[bytes] = Counter()
+        self._order = ChannelOrder()
         self._connections = Connections(path, allowed_uids, MAX_CHANNELS, self._serve, _refusal)
 
     async def _serve(self, connection: socket.socket) -> None:
-        relay = _Relay(connection)
+        with ExitStack() as until_it_ends:
+            await self._serve_relay(_Relay(connection), until_it_ends)
+
+    async def _serve_relay(self, relay: _Relay, until_it_ends: ExitStack) -> None:
         try:
             async with asyncio.timeout(_INTRODUCTION_S):
-                owner, channel, early = await self._introduce(relay)
+                owner, turn, channel, early = await self._introduce(relay, until_it_ends)
         except TimeoutError:
             return
         except SpvtpmError as error:
@@ -95,10 +104,12 @@ class ChannelPort:
             await relay.send(*channel.frames())
             return
         with self._counted(owner):
-            await self._converse(relay, channel, owner, early)
+            await self._converse(relay, channel, self._open_session(owner, turn), early)
 
-    async def _introduce(self, relay: _Relay) -> tuple[bytes, SecureChannel, list[bytes]]:
-        """Up to the end of the handshake: the owner, the channel, and messages that came along already.
+    async def _introduce(
+        self, relay: _Relay, until_it_ends: ExitStack
+    ) -> tuple[bytes, Turn, SecureChannel, list[bytes]]:
+        """Up to the end of the handshake: the owner, the channel and its turn, and messages that came along already.
 
         Raises:
             PeerError: the other side does not do as it should.
@@ -108,6 +119,7 @@ class ChannelPort:
         await relay.send(encode_clear(Papers(identity.chain)))
         certificate = parse_owner_certificate(_expect(Introduce, parse_clear(await relay.receive())).certificate)
         owner = fingerprint(certificate)
+        turn = until_it_ends.enter_context(self._order.turn_of(owner))
         channel = SecureChannel(
             identity.key,
             identity.certificate,
@@ -119,7 +131,7 @@ class ChannelPort:
         while not channel.is_open:
             early += channel.receive(await relay.receive())
             await relay.send(*channel.frames())
-        return owner, channel, early
+        return owner, turn, channel, early
 
     @contextmanager
     def _counted(self, owner: bytes) -> Iterator[None]:
@@ -131,8 +143,7 @@ class ChannelPort:
             if not self._of_owner[owner]:
                 del self._of_owner[owner]
 
-    async def _converse(self, relay: _Relay, channel: SecureChannel, owner: bytes, early: list[bytes]) -> None:
-        session = self._open_session(owner)
+    async def _converse(self, relay: _Relay, channel: SecureChannel, session: Session, early: list[bytes]) -> None:
         try:
             messages = early
             while True:
@@ -143,7 +154,7 @@ class ChannelPort:
                 async with asyncio.timeout(_IDLE_S):
                     messages = channel.receive(await relay.receive())
         except (PeerError, TimeoutError) as error:
-            log.info("a channel of owner %s ended: %s", owner.hex()[:16], error or "it fell silent")
+            log.info("a channel ended: %s", error or "it fell silent")
         finally:
             session.close()
             channel.close()

@@ -15,6 +15,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from spvtpm.processor.channel_order import Turn
 from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.ledger import Entry
 from spvtpm.processor.owner_commands import Estate
@@ -72,11 +73,13 @@ class Exporter:
     Args:
         estate: what they work on.
         owner: fingerprint of the owner's key, 32 bytes.
+        turn: of the channel.
     """
 
-    def __init__(self, estate: Estate, owner: bytes) -> None:
+    def __init__(self, estate: Estate, owner: bytes, turn: Turn) -> None:
         self._estate = estate
         self._owner = owner
+        self._turn = turn
         self._given_out: dict[uuid.UUID, tuple[ExportBegins, int, bytes]] = {}
 
     async def begin(self, vm_id: uuid.UUID) -> Export:
@@ -130,6 +133,7 @@ class Exporter:
         Raises:
             NotFound: this owner has no such VM.
             ExportSuperseded: it is not the file that was given out last, or the VM was started since.
+            StaleInstance: the channel is out of date.
             StorageError: all is still here.
         """
         estate = self._estate
@@ -141,7 +145,7 @@ class Exporter:
             if (block.version, block.boots) != (begins.version, boots):
                 raise ExportSuperseded(f"the vTPM of VM {request.vm_id} was used or exported again since")
             entry = Entry(self._owner, "exported", block.version, block.version, sha256)
-            await estate.remove(block, entry)
+            await estate.remove(block, entry, self._turn)
             del self._given_out[request.vm_id]
         return Fate(vtpm_id=begins.vtpm_id, state="exported", version=begins.version, sha256=sha256)
 
@@ -152,6 +156,7 @@ class Import:
     Args:
         estate: what it works on.
         owner: fingerprint of the owner's key, 32 bytes.
+        turn: of the channel.
         request: what the owner wants; with secrets.
         vtpm: what was announced.
 
@@ -160,10 +165,11 @@ class Import:
         ResourceError: there is no room.
     """
 
-    def __init__(self, estate: Estate, owner: bytes, request: Provision, vtpm: ImportVtpm) -> None:
+    def __init__(self, estate: Estate, owner: bytes, turn: Turn, request: Provision, vtpm: ImportVtpm) -> None:
         estate.table.check_room(request.vm_id)
         self._estate = estate
         self._owner = owner
+        self._turn = turn
         self._request = request
         self._newest = vtpm.newest_version
         self._left = vtpm.size_bytes
@@ -227,6 +233,7 @@ class Import:
         if instance.volatile is not None:
             changes.append((hibernated_name(header.vtpm_id), pack_volatile(instance.volatile)))
         async with estate.table.lock(block.vm_id), estate.ledger.lock:
+            self._turn.verify_current()
             self._check_age(header)  # again: meanwhile another channel may have brought the same file
             async with estate.table.room_for(block):
                 await estate.guard.milestone([*changes, estate.ledger.change(header.vtpm_id, None)])

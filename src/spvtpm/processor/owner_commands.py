@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from spvtpm.processor.channel_order import Turn
 from spvtpm.processor.ledger import Entry, Ledger
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.pcr_banks import check_pcr_banks
@@ -96,14 +97,16 @@ class Estate:
             policy=block.ownership.policy,
         )
 
-    async def remove(self, block: VmSecurityBlock, entry: Entry | None) -> None:
+    async def remove(self, block: VmSecurityBlock, entry: Entry | None, turn: Turn) -> None:
         """Destroys block, vTPM and secrets, for good. The caller holds the VM's lock.
 
         Args:
             block: of the VM.
             entry: what the ledger shall say of its vTPM, if it has one.
+            turn: of the channel in which its owner wants it.
 
         Raises:
+            StaleInstance: the channel is out of date.
             StorageError: they are still there, but for the boot under way.
         """
         removal = block_removal(block.vm_id)
@@ -111,6 +114,7 @@ class Estate:
             await self.guard.milestone([removal])
         else:
             async with self.ledger.lock:
+                turn.verify_current()
                 changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
                 await self.vtpms.destroy(block.vtpm_id, changes, self.guard.milestone)
         self.table.remove(block.vm_id)
@@ -122,11 +126,13 @@ class OwnerCommands:
     Args:
         estate: what they work on.
         owner: fingerprint of the owner's key, 32 bytes.
+        turn: of the channel in which they come.
     """
 
-    def __init__(self, estate: Estate, owner: bytes) -> None:
+    def __init__(self, estate: Estate, owner: bytes, turn: Turn) -> None:
         self._estate = estate
         self._owner = owner
+        self._turn = turn
 
     async def provision(self, request: Provision, vtpm: NewVtpm) -> MyVm:
         """Makes the security block of a VM whose vTPM is made when the hypervisor launches it.
@@ -157,13 +163,14 @@ class OwnerCommands:
 
         Raises:
             NotFound: this owner has none of this id.
+            StaleInstance: the channel is out of date.
             StorageError: they are still there.
         """
         estate = self._estate
         async with estate.table.lock(vm_id):
             block = estate.owned(self._owner, vm_id)
             entry = Entry(self._owner, "destroyed", block.version, block.version + 1, None)
-            await estate.remove(block, entry)
+            await estate.remove(block, entry, self._turn)
 
     async def rotate(self, user_secret: bytes) -> Rotated:
         """Another `UserSecret` for all of the owner's VMs, all or none.
@@ -190,12 +197,17 @@ class OwnerCommands:
         page = [self._estate.view(block) for block in following[:PAGE_MY_VMS]]
         return MyVms(vms=page, more=len(following) > len(page))
 
-    def fate(self, vtpm_id: uuid.UUID) -> Fate:
-        """What became of a vTPM here.
+    async def fate(self, vtpm_id: uuid.UUID) -> Fate:
+        """What became of a vTPM here. No import or acknowledgement in an older channel changes it any more.
 
         Raises:
             IntegrityError: the ledger is damaged.
         """
+        async with self._estate.ledger.lock:  # an import under way in another channel is done, or refused afterwards
+            self._turn.outdate_others()
+            return self._fate(vtpm_id)
+
+    def _fate(self, vtpm_id: uuid.UUID) -> Fate:
         for block in self._mine():
             if block.vtpm_id == vtpm_id:
                 return Fate(vtpm_id=vtpm_id, state="here", version=block.version)

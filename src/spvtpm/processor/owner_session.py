@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 
+from spvtpm.processor.channel_order import Turn
 from spvtpm.processor.instances import Exporter, Import
 from spvtpm.processor.owner_commands import Estate, OwnerCommands
 from spvtpm.wire.errors import MessageError, SpvtpmError
@@ -38,13 +39,15 @@ class OwnerSession:
     Args:
         estate: what the owner's commands work on.
         owner: fingerprint of the owner's key, 32 bytes.
+        turn: of the channel.
     """
 
-    def __init__(self, estate: Estate, owner: bytes) -> None:
+    def __init__(self, estate: Estate, owner: bytes, turn: Turn) -> None:
         self._estate = estate
         self._owner = owner
-        self._commands = OwnerCommands(estate, owner)
-        self._exporter = Exporter(estate, owner)
+        self._turn = turn
+        self._commands = OwnerCommands(estate, owner, turn)
+        self._exporter = Exporter(estate, owner, turn)
         self._import: Import | None = None
 
     async def answers(self, payload: bytes) -> AsyncIterator[bytes]:
@@ -92,7 +95,7 @@ class OwnerSession:
         commands = self._commands
         match request:
             case Provision(vtpm=ImportVtpm() as announced):
-                self._import = Import(self._estate, self._owner, request, announced)
+                self._import = Import(self._estate, self._owner, self._turn, request, announced)
                 return Done()
             case Provision(vtpm=NewVtpm() as wanted):
                 return await commands.provision(request, wanted)
@@ -106,7 +109,7 @@ class OwnerSession:
             case ListMine():
                 return commands.list(request.after)
             case AskFate():
-                return commands.fate(request.vtpm_id)
+                return await commands.fate(request.vtpm_id)
             case ReadEvents():
                 return commands.events(request.vm_id)
             case GetEndorsement():

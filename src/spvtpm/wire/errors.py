@@ -121,7 +121,7 @@ class NotFound(PolicyError):
     """No such VM or vTPM."""
 
     code = "not-found"
-    hint = "List what exists with `spvtpm hypervisor list`."
+    hint = "List what exists: `spvtpm hypervisor list` for the host, `spvtpm terminal list` for an owner."
 
 
 class ChipUnknown(PolicyError):
@@ -254,6 +254,13 @@ class GenerationError(PolicyError):
     hint = "A chip opens files of its own generation and of older ones. Update it, or use one that is newer."
 
 
+class WrongPassphrase(PolicyError):
+    """The keyring does not open with this passphrase."""
+
+    code = "passphrase"
+    hint = "Give the passphrase that the keyring was made with; without it, nothing in the keyring can be had."
+
+
 class UsageError(PolicyError):
     """The command line asks for something that makes no sense."""
 
@@ -310,6 +317,13 @@ class VendorError(StorageError):
 
     code = "vendor"
     hint = "Restore the vendor's directory from its backup; its private files need mode 0600."
+
+
+class KeyringError(StorageError):
+    """The owner's keyring is missing, damaged or open to others, or its file of an export is."""
+
+    code = "keyring"
+    hint = "`spvtpm terminal init` makes a keyring. Restore a damaged one from its backup: directory 0700, files 0600."
 
 
 class VmKeyError(StorageError):
