@@ -76,7 +76,9 @@ def measure_instances(sp: RunningSp, *, quick: bool, progress: Progress) -> Sect
     return Section(
         "Instance files",
         [
-            Row(f"export, acknowledged, all destroyed ({size})", "ms", Figure.of_times(exports, "ms"), target=_TARGET_MS),
+            Row(
+                f"export, acknowledged, all destroyed ({size})", "ms", Figure.of_times(exports, "ms"), target=_TARGET_MS
+            ),
             Row(f"import, durable ({size})", "ms", Figure.of_times(imports, "ms"), target=_TARGET_MS),
             Row("AES-256-GCM over the same bytes, alone", "ms", Figure.of_times(ciphers, "ms")),
         ],

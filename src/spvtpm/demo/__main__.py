@@ -17,8 +17,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
-from spvtpm.demo.chapters import CHAPTERS, CLAIMS, Cast
-from spvtpm.demo.stage import ActFailed, EmulatedVm, SecureProcessorHost
+from spvtpm.demo.cast import Cast
+from spvtpm.demo.chapters import CHAPTERS, CLAIMS
+from spvtpm.demo.owner import OwnerTerminal
+from spvtpm.demo.stage import ActFailed, ChipVendor, EmulatedVm, SecureProcessorHost
 from spvtpm.demo.story import Story
 from spvtpm.wire.errors import SpvtpmError
 
@@ -58,19 +60,25 @@ def tell(story: Story) -> bool:
     story.title(
         "spvtpm: virtual TPMs inside a secure processor",
         "Two VMs, each with a TPM that the cloud host can neither read nor forge. All of this happens now, between real "
-        "processes. Commands behind vm-a$ and vm-b$ run inside the VMs, those behind host# are the hypervisor's. A line "
-        "with ✓ was checked; the table at the end says what is shown by it.",
+        "processes. Commands behind vm-a$ and vm-b$ run inside the VMs, those behind host-1# are the hypervisor's, those "
+        "behind owner$ are typed far away. A line with ✓ was checked; the table at the end says what is shown by it.",
     )
     with ExitStack() as cleanup:
         directory = cleanup.enter_context(_temporary_directory())
-        host = SecureProcessorHost(directory, story)
-        cleanup.callback(host.stop)
+        with story.only_checks():
+            vendor, forger = (ChipVendor(name, directory, story) for name in ("vendor", "forger"))
+            owner = OwnerTerminal("owner", directory, story)
+        hosts = []
+        for name in ("host-1", "host-2", "host-x"):
+            host = SecureProcessorHost(name, directory, story)
+            cleanup.callback(host.stop)
+            hosts.append(host)
         vms = []
         for name in ("vm-a", "vm-b"):
-            vm = EmulatedVm(name, directory / name, host, story)
+            vm = EmulatedVm(name, directory / name, hosts[0], story)
             cleanup.callback(vm.kill)
             vms.append(vm)
-        cast = Cast(story, directory, host, (vms[0], vms[1]))
+        cast = Cast(story, directory, vendor, forger, hosts[0], hosts[1], hosts[2], owner, (vms[0], vms[1]))
         cleanup.callback(cast.close)
         cleanup.callback(_ignore_signals)  # called first: nothing interrupts the rest
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.demo.attacker import HostView, PlainVtpm, Watch
-from spvtpm.demo.stage import ActFailed, EmulatedVm, SecureProcessorHost, wait_until
+from spvtpm.demo.cast import Cast
+from spvtpm.demo.owner_chapters import OWNER_CLAIMS, endorse, meet, move, recover
+from spvtpm.demo.stage import ActFailed, EmulatedVm, wait_until
 from spvtpm.demo.story import Claim, Story
 from spvtpm.demo.tpm_use import (
     FIRMWARE,
@@ -46,57 +47,22 @@ SURVIVES = Claim(
     "A power cut loses the VM, not what its vTPM had acknowledged",
     "SIGKILL, restart: NV content and keys are there, PCRs are those of a new boot",
 )
-CLAIMS = (BOUND, MEASURES, STORES, SIGNS, SEALS, QUOTES, HIDES, REPLAYS, PARKS, SURVIVES)
+CLAIMS = (BOUND, MEASURES, STORES, SIGNS, SEALS, QUOTES, HIDES, REPLAYS, PARKS, SURVIVES, *OWNER_CLAIMS)
 
 _PCR_EXTEND_BYTES = 65
 """Size of TPM2_PCR_Extend with one SHA-256 digest and an empty password. Source: TPM 2.0 Library Part 3, section 22.2."""
 
 
-@dataclass(slots=True)
-class Cast:
-    """Who plays.
-
-    Attributes:
-        story: prints and checks.
-        directory: temporary, for all of it.
-        host: the secure processor and the hypervisor.
-        vms: VM A and VM B.
-        view: what the hypervisor sees of VM A's interface.
-        plain: a vTPM without our protection, for contrast.
-        keys: each VM's endorsement key, once it was read.
-    """
-
-    story: Story
-    directory: Path
-    host: SecureProcessorHost
-    vms: tuple[EmulatedVm, EmulatedVm]
-    view: HostView | None = None
-    plain: PlainVtpm | None = None
-    keys: dict[str, bytes] | None = None
-
-    def close(self) -> None:
-        """Ends what was opened on the way."""
-        for part in (self.view, self.plain):
-            if part is not None:
-                part.close()
-
-
-# 1
-
-
 def create(cast: Cast) -> None:
-    """The secure processor, two VMs, and a hypervisor that connects the wrong VM."""
+    """Two VMs, and a hypervisor that connects the wrong one."""
     story, host = cast.story, cast.host
     story.chapter(
         "A secure processor makes two virtual TPMs",
-        "A cloud host runs one secure processor (SP): here a daemon whose processes stand for the chip. The hypervisor "
-        "launches two VMs, and the SP makes a TPM for each. Each VM shares a memory key with the SP and with nobody else.",
+        "The hypervisor launches two VMs, and the SP makes a TPM for each. Each VM shares a memory key with the SP and with "
+        "nobody else.",
     )
-    host.make()
-    host.start()
     with story.showing(BOUND):
         for vm in cast.vms:
-            vm.give_key_to_secure_processor()
             reply = host.hypervisor("launch", messages.LaunchVm(vm_id=vm.vm_id))
             made = isinstance(reply, messages.VmInfo) and reply.vtpm is not None and reply.vtpm.residency == "active"
             story.check(f"{vm.name} has a vTPM, and an interface: memory and two doorbells", made)
@@ -111,9 +77,6 @@ def create(cast: Cast) -> None:
         vm.boot()
 
 
-# 2
-
-
 def use(cast: Cast) -> None:
     """What people do with a TPM, in both VMs."""
     story = cast.story
@@ -126,9 +89,6 @@ def use(cast: Cast) -> None:
     story.say("\nVM B does all of the same on its own TPM; only the checks are printed:")
     with story.only_checks():
         use_tpm(story, cast.vms[1])
-
-
-# 3
 
 
 def compare(cast: Cast) -> None:
@@ -147,9 +107,6 @@ def compare(cast: Cast) -> None:
         before = second.pcr(PCR)
         measure(first, FIRMWARE)
         story.check("extending VM A's PCR does not touch VM B's", second.pcr(PCR) == before != first.pcr(PCR))
-
-
-# 4
 
 
 def look(cast: Cast) -> None:
@@ -219,9 +176,6 @@ def hexdump(content: bytes, address: int, most_lines: int = 10) -> list[str]:
     return lines if len(lines) <= most_lines else [*lines[: most_lines - 1], "…"]
 
 
-# 5
-
-
 def replay(cast: Cast) -> None:
     """A copied request sent again: to a plain vTPM, then to VM A's."""
     story = cast.story
@@ -269,9 +223,6 @@ def _replay_encrypted(cast: Cast) -> None:
     story.output(cast.host.log_lines("refused")[-2:])
 
 
-# 6
-
-
 def park(cast: Cast) -> None:
     """A vTPM without a process, and back."""
     story, host, vm = cast.story, cast.host, cast.vms[0]
@@ -302,9 +253,6 @@ def _residency(reply: messages.Reply) -> str:
     return reply.vtpm.residency if isinstance(reply, messages.VmInfo) and reply.vtpm is not None else ""
 
 
-# 7
-
-
 def cut_power(cast: Cast) -> None:
     """SIGKILL of the SP, restart, new boots of the VMs."""
     story, host, vm = cast.story, cast.host, cast.vms[0]
@@ -315,7 +263,7 @@ def cut_power(cast: Cast) -> None:
     )
     with story.showing(SURVIVES):
         running = host.processes()
-        story.command("host#", ["kill", "-KILL", str(host.pid)])
+        story.command("host-1#", ["kill", "-KILL", str(host.pid)])
         host.kill()
         orphans = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
         story.check(f"the SP and its {len(running)} processes are gone", orphans)
@@ -352,4 +300,4 @@ def _after_power_cut(story: Story, vm: EmulatedVm) -> None:
     story.check("unsealed again once the PCR is right", unsealed == password_of(vm))
 
 
-CHAPTERS = (create, use, compare, look, replay, park, cut_power)
+CHAPTERS = (meet, create, use, compare, endorse, look, replay, park, cut_power, move, recover)

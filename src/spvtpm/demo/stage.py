@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.demo.story import Story
-from spvtpm.files import create_file
 from spvtpm.guest.vm_key import create_vm_key
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
@@ -38,11 +37,13 @@ class Outcome:
         ok: whether its exit code was 0.
         output: what it printed.
         complaint: its most telling line on stderr.
+        remarks: all lines on stderr.
     """
 
     ok: bool
     output: bytes
     complaint: str
+    remarks: tuple[str, ...] = ()
 
 
 def _start(words: list[str], log: Path, awaited: bytes) -> subprocess.Popen[bytes]:
@@ -91,36 +92,60 @@ def run_tool(words: list[str], directory: Path, environment: Mapping[str, str]) 
     complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
     telling = [line for line in complaints if line.startswith(("ERROR: ", "spvtpm: "))]
     complaint = (telling or complaints or [f"exit code {done.returncode}"])[0]
-    return Outcome(done.returncode == 0, done.stdout, complaint)
+    return Outcome(done.returncode == 0, done.stdout, complaint, tuple(complaints))
 
 
-class SecureProcessorHost:
-    """A secure processor and the hypervisor beside it.
+class ChipVendor:
+    """Who makes chips, offline.
 
     Args:
-        directory: its state goes to `sp` in here.
+        name: of its directory.
+        directory: of the story.
         story: where commands are shown.
     """
 
-    def __init__(self, directory: Path, story: Story) -> None:
-        self.state = directory / "sp"
-        self._log = directory / "sp.log"
+    def __init__(self, name: str, directory: Path, story: Story) -> None:
+        self.name = name
+        self.directory = directory / name
+        self._story = story
+        self._story.command(f"{name}$", ["spvtpm", "vendor", "init", name, "--name", "Example Silicon"])
+        init_vendor(self.directory, "Example Silicon")
+
+    def manufacture(self, chip: str) -> Path:
+        """A new chip of its fleet, as a file."""
+        self._story.command(f"{self.name}$", ["spvtpm", "vendor", "manufacture", self.name, chip])
+        manufacture_chip(self.directory, self.directory.with_name(chip))
+        return self.directory.with_name(chip)
+
+
+class SecureProcessorHost:
+    """A host: a secure processor and the hypervisor beside it.
+
+    Args:
+        name: its state goes to a directory of this name.
+        directory: of the story.
+        story: where commands are shown.
+    """
+
+    def __init__(self, name: str, directory: Path, story: Story) -> None:
+        self.name = name
+        self.state = directory / name
+        self._log = directory / f"{name}.log"
         self._story = story
         self._process: subprocess.Popen[bytes] | None = None
 
-    def make(self) -> None:
-        """A vendor makes a chip, and a secure processor begins with it: fuses and an empty store."""
-        vendor, chip = self.state.with_name("vendor"), self.state.with_name("chip-1")
-        self._story.command("vendor$", ["spvtpm", "vendor", "init", "vendor", "--name", "Example Silicon"])
-        init_vendor(vendor, "Example Silicon")
-        self._story.command("vendor$", ["spvtpm", "vendor", "manufacture", "vendor", "chip-1"])
-        manufacture_chip(vendor, chip)
-        self._story.command("host#", ["spvtpm", "sp", "init", "sp", "--chip", "chip-1"])
+    @property
+    def _prompt(self) -> str:
+        return f"{self.name}#"
+
+    def make(self, chip: Path) -> None:
+        """A new secure processor with this chip: fuses and an empty store."""
+        self._story.command(self._prompt, ["spvtpm", "sp", "init", self.name, "--chip", chip.name])
         initialise(self.state, chip)
 
     def start(self) -> None:
         """Its daemon."""
-        self._story.command("host#", ["spvtpm", "sp", "run", "sp"])
+        self._story.command(self._prompt, ["spvtpm", "sp", "run", self.name])
         self._process = _start(["sp", "run", str(self.state)], self._log, b"listening")
 
     @property
@@ -132,8 +157,8 @@ class SecureProcessorHost:
     def hypervisor(self, command: str, request: messages.Request) -> messages.Reply:
         """One command of the hypervisor, as `spvtpm hypervisor` sends it."""
         vm_id = getattr(request, "vm_id", None)
-        words = ["spvtpm", "hypervisor", command, *([] if vm_id is None else [str(vm_id)]), "--sp", "sp/run/sp.sock"]
-        self._story.command("host#", words)
+        words = ["spvtpm", "hypervisor", command, *([] if vm_id is None else [str(vm_id)]), "--sp", self.name]
+        self._story.command(self._prompt, words)
         with SecureProcessorClient(self.state / "run" / "sp.sock") as client:
             return client.call(request)
 
@@ -178,7 +203,7 @@ class EmulatedVm:
     Args:
         name: `vm-a`.
         directory: all it owns; made here.
-        host: where it runs.
+        host: where it boots.
         story: where commands are shown.
     """
 
@@ -193,9 +218,9 @@ class EmulatedVm:
         directory.mkdir(mode=0o700)
         create_vm_key(self.key)
 
-    def give_key_to_secure_processor(self) -> None:
-        """Stands for the owner's confidential channel, by which the SP will get it."""
-        create_file(self._host.state / "vm-keys" / f"{self.vm_id}.key", self.key.read_bytes())
+    def move_to(self, host: SecureProcessorHost) -> None:
+        """It boots there from now on."""
+        self._host = host
 
     def boot(self) -> None:
         """Starts the VM's one process: the driver of its vTPM, with a socket for the VM's TPM tools."""

@@ -1,0 +1,54 @@
+"""Who plays in the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spvtpm.demo.attacker import HostView, PlainVtpm
+from spvtpm.demo.owner import OwnerTerminal
+from spvtpm.demo.stage import ChipVendor, EmulatedVm, SecureProcessorHost
+from spvtpm.demo.story import Story
+
+
+@dataclass(slots=True)
+class Cast:
+    """Who plays.
+
+    Attributes:
+        story: prints and checks.
+        directory: temporary, for all of it.
+        vendor: makes the chips that the owner trusts.
+        forger: makes chips under the same name.
+        host: where the VMs begin.
+        next_host: another one, with a chip of the same fleet.
+        impostor: a host with the forger's chip.
+        owner: of both VMs.
+        vms: VM A and VM B.
+        view: what the hypervisor sees of VM A's interface.
+        plain: a vTPM without our protection, for contrast.
+        keys: each VM's endorsement key, once it was read.
+    """
+
+    story: Story
+    directory: Path
+    vendor: ChipVendor
+    forger: ChipVendor
+    host: SecureProcessorHost
+    next_host: SecureProcessorHost
+    impostor: SecureProcessorHost
+    owner: OwnerTerminal
+    vms: tuple[EmulatedVm, EmulatedVm]
+    view: HostView | None = None
+    plain: PlainVtpm | None = None
+    keys: dict[str, bytes] | None = None
+
+    def thief(self) -> OwnerTerminal:
+        """Another owner."""
+        return OwnerTerminal("thief", self.directory, self.story)
+
+    def close(self) -> None:
+        """Ends what was opened on the way."""
+        for part in (self.view, self.plain):
+            if part is not None:
+                part.close()
