@@ -13,7 +13,6 @@ from spvtpm.processor.worker.messages import (
     Commit,
     Committed,
     Endorse,
-    Endorsed,
     Failed,
     FromWorker,
     Off,
@@ -37,7 +36,6 @@ pytestmark = pytest.mark.attack("A22")
 
 
 ENDORSE = Endorse([b"public"], 1, 2, 0, 164)
-ENDORSED = Endorsed([b"certificate"], (b"chip", b"intermediate", b"root"))
 
 
 class Link:
@@ -55,7 +53,7 @@ class Link:
 class Scene:
     """A session, and the worker's end of its socket."""
 
-    def __init__(self, *, endorses: bool = False) -> None:
+    def __init__(self) -> None:
         ours, self.theirs = socket.socketpair()
         ours.setblocking(False)
         self.theirs.setblocking(False)
@@ -65,20 +63,13 @@ class Scene:
         self._decoder = FrameDecoder()
         self.worker = Worker(self.link, 1, ours)  # type: ignore[arg-type]
         self.worker.ended.set_result(-9)
-        self.session = WorkerSession(
-            self.worker, "vTPM x", self._commit, self._on_end, self._endorse if endorses else None
-        )
-        self.certified: list[Endorse] = []
+        self.session = WorkerSession(self.worker, "vTPM x", self._commit, self._on_end)
 
     async def _commit(self, permanent: bytes) -> None:
         self.commits.append(permanent)
 
     async def _on_end(self, reason: str) -> None:
         self.ended.set_result(reason)
-
-    def _endorse(self, request: Endorse) -> Endorsed:
-        self.certified.append(request)
-        return ENDORSED
 
     async def say(self, *messages: FromWorker) -> None:
         for message in messages:
@@ -188,65 +179,11 @@ def test_a_worker_that_dies_fails_the_order_that_waits_for_it() -> None:
     play(act)
 
 
-def make(act: Callable[[Scene], Awaitable[None]]) -> None:
-    """As `play`, but the worker makes a new TPM, and has not answered its `Start` yet."""
-
-    async def run() -> None:
-        scene = Scene(endorses=True)
-        starting = await scene.begin()
-        async with asyncio.timeout(30):
-            await act(scene)
-        await asyncio.gather(starting, return_exceptions=True)
-        await scene.session.end()
-        scene.theirs.close()
-
-    asyncio.run(run())
-
-
-@pytest.mark.claim("C7")
-def test_a_worker_that_makes_a_tpm_has_its_eks_certified_before_it_commits() -> None:
-    async def act(scene: Scene) -> None:
-        await scene.say(ENDORSE)
-        assert await scene.hear() == ENDORSED
-        await scene.say(Commit(b"state"))
-        assert await scene.hear() == Committed()
-        await scene.say(Ready())
-        assert scene.certified == [ENDORSE]
-
-    make(act)
-
-
-@pytest.mark.attack("A28")
-def test_a_second_set_of_keys_is_not_certified() -> None:
-    async def act(scene: Scene) -> None:
-        await scene.say(ENDORSE)
-        assert await scene.hear() == ENDORSED
-        await scene.say(ENDORSE)
-        assert "no EKs to be certified" in await scene.ended
-        assert scene.link.killed
-        assert scene.certified == [ENDORSE]
-
-    make(act)
-
-
-@pytest.mark.attack("A28")
-@pytest.mark.parametrize("message", [Commit(b"state"), Ready()])
-def test_a_new_tpm_without_certified_eks_is_not_taken(message: FromWorker) -> None:
-    async def act(scene: Scene) -> None:
-        await scene.say(message)
-        assert "before its EKs were certified" in await scene.ended
-        assert scene.link.killed
-        assert scene.commits == []
-
-    make(act)
-
-
 @pytest.mark.attack("A28")
 def test_a_worker_that_has_served_a_guest_gets_nothing_certified() -> None:
     async def act(scene: Scene) -> None:
         await scene.say(ENDORSE)
-        assert "no EKs to be certified" in await scene.ended
+        assert "said Endorse out of turn" in await scene.ended
         assert scene.link.killed
-        assert scene.certified == []
 
     play(act)

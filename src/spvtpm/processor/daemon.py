@@ -148,7 +148,7 @@ class SecureProcessor:
     async def _serve(self, cleanup: AsyncExitStack, on_ready: Callable[[Path], None]) -> None:
         uids = frozenset(self._config.allowed_uids)
         runtime = _make_runtime(self._state, uids)
-        pool = WorkerPool(self._config.spare_workers)
+        pool = WorkerPool(self._config.spare_workers, Endorser(self._fuses).certify)
         cleanup.callback(pool.close)
         await pool.open()
         self._missing += pool.missing
@@ -157,8 +157,7 @@ class SecureProcessor:
         await guard.milestone([])
         cleanup.push_async_callback(guard.close)
         table = VmTable(self._config.max_vms)
-        endorser = Endorser(self._fuses)
-        services = VtpmServices(self._store, commit, endorser, pool, ParkingLot(), runtime, uids, table.fail)
+        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids, table.fail)
         vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
         self._security = SecurityManager(self._store, commit, guard, table, vtpms)

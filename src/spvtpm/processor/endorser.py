@@ -29,6 +29,19 @@ def read_endorsement(store: NvStore, vtpm_id: uuid.UUID) -> VtpmEndorsement:
 
 
 @dataclass(frozen=True, slots=True)
+class Birth:
+    """What a new vTPM is born with.
+
+    Attributes:
+        vtpm_id: its id, which its certificates name.
+        endorsement: its certificates.
+    """
+
+    vtpm_id: uuid.UUID
+    endorsement: VtpmEndorsement
+
+
+@dataclass(frozen=True, slots=True)
 class Endorser:
     """The chip's word for vTPMs.
 
@@ -38,11 +51,10 @@ class Endorser:
 
     fuses: Fuses
 
-    def certify(self, vtpm_id: uuid.UUID, request: Endorse) -> VtpmEndorsement:
-        """Certifies each standard EK of a new vTPM.
+    def certify(self, request: Endorse) -> Birth:
+        """Gives a new vTPM its id, and certifies each of its standard EKs.
 
         Args:
-            vtpm_id: the vTPM.
             request: of a worker that has just manufactured it, and that no guest has spoken to.
 
         Raises:
@@ -50,9 +62,10 @@ class Endorser:
         """
         if len(request.publics) != len(EK_TEMPLATES):
             raise CertificateError(f"a vTPM has {len(EK_TEMPLATES)} standard EKs, not {len(request.publics)}")
+        vtpm_id = uuid.uuid4()
         make = TpmMake(request.manufacturer, request.firmware, request.level, request.revision)
         certificates = tuple(
             build_ek_certificate(self.fuses.endorsement, template, public, vtpm_id, make).encode()
             for template, public in zip(EK_TEMPLATES, request.publics, strict=True)
         )
-        return VtpmEndorsement(certificates=certificates, issuer=self.fuses.certificates)
+        return Birth(vtpm_id, VtpmEndorsement(certificates=certificates, issuer=self.fuses.certificates))

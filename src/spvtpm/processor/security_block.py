@@ -176,10 +176,19 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
             AlreadyExists: it has one.
             WrongState: it is not running.
         """
+        self.check_unbound()
+        return msgspec.structs.replace(self, vtpm_id=vtpm_id)
+
+    def check_unbound(self) -> None:
+        """Whether a vTPM can be bound now.
+
+        Raises:
+            AlreadyExists: it has one.
+            WrongState: it is not running.
+        """
         if self.vtpm_id is not None:
             raise AlreadyExists(f"VM {self.vm_id} has a vTPM already: {self.vtpm_id}")
         self._require("create-vtpm", VmState.RUNNING)
-        return msgspec.structs.replace(self, vtpm_id=vtpm_id)
 
     def begin_export(self) -> Self:
         """The vTPM is about to be given out, in a version that no file has.

@@ -105,11 +105,14 @@ class SecurityManager:
             return self.info(vm_id)
 
     async def _create_vtpm(self, block: VmSecurityBlock, before: VmSecurityBlock) -> None:
-        vtpm_id = uuid.uuid4()
-        bound = block.bind(vtpm_id)
-        binding = Binding(block_change(bound), block_change(before))
-        await self._vtpms.create(vtpm_id, block.vm_id, _boot_of(bound), binding, block.ownership.policy.pcr_banks)
-        self._table.put(bound)
+        block.check_unbound()
+
+        def bind(vtpm_id: uuid.UUID) -> Binding:
+            return Binding(block_change(block.bind(vtpm_id)), block_change(before))
+
+        banks = block.ownership.policy.pcr_banks
+        vtpm = await self._vtpms.create(block.vm_id, _boot_of(block), bind, banks)
+        self._table.put(block.bind(vtpm.vtpm_id))
 
     async def start(self, vm_id: uuid.UUID) -> VmInfo:
         """A new boot of a stopped VM, or one that goes on where a hibernated VM was.

@@ -23,8 +23,6 @@ from spvtpm.processor.vtpm_records import endorsement_name, record_name
 from spvtpm.processor.vtpm_services import VtpmServices
 from spvtpm.processor.worker.messages import (
     DirectPort,
-    Endorse,
-    Endorsed,
     FromWorker,
     Off,
     Park,
@@ -33,7 +31,7 @@ from spvtpm.processor.worker.messages import (
     Start,
     StillBusy,
 )
-from spvtpm.processor.worker_pool import Worker
+from spvtpm.processor.worker_pool import Blank, Worker
 from spvtpm.processor.worker_session import WorkerSession, misbehaviour
 from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import SpvtpmError, WorkerError, WrongState
@@ -81,12 +79,18 @@ class Vtpm:
         self._boot: tuple[bytes, bytes] | None = None
         self._session: WorkerSession | None = None
 
-    async def manufacture(
-        self, boot_id: bytes, boot_key: bytes, with_changes: Sequence[Change], pcr_banks: Collection[str] = ()
+    async def begin(
+        self,
+        blank: Blank,
+        boot_id: bytes,
+        boot_key: bytes,
+        with_changes: Sequence[Change],
+        pcr_banks: Collection[str] = (),
     ) -> None:
-        """Makes a new TPM and powers it on; its first state, its EK certificates and `with_changes` become durable together.
+        """Powers a new TPM on; its first state, its EK certificates and `with_changes` become durable together.
 
         Args:
+            blank: the TPM, born with this vTPM's id.
             boot_id: 16 bytes.
             boot_key: 32 bytes.
             with_changes: to NV.
@@ -100,8 +104,9 @@ class Vtpm:
         """
         check_pcr_banks(pcr_banks)
         async with self._lock:
-            start = Start(self._port(boot_id, boot_key), endorsed=True, pcr_banks=sorted(pcr_banks))
-            await self._begin_boot(start, with_changes)
+            start = Start(self._port(boot_id, boot_key), pcr_banks=sorted(pcr_banks))
+            endorsement = endorsement_name(self.vtpm_id), encode_endorsement(blank.birth.endorsement)
+            await self._begin_boot(start, [endorsement, *with_changes], blank.worker)
 
     async def power_on(self, boot_id: bytes, boot_key: bytes, volatile: bytes | None = None) -> None:
         """Begins a boot from the durable state.
@@ -124,7 +129,7 @@ class Vtpm:
     def _port(self, boot_id: bytes, boot_key: bytes) -> DirectPort:
         return DirectPort(self.vm_id.bytes, boot_id, boot_key)
 
-    async def _begin_boot(self, start: Start, with_changes: Sequence[Change]) -> None:
+    async def _begin_boot(self, start: Start, with_changes: Sequence[Change], worker: Worker | None = None) -> None:
         if self.residency is not Residency.OFF:
             raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
         fresh = self.interface is None
@@ -136,7 +141,7 @@ class Vtpm:
         assert isinstance(start.port, DirectPort)  # noqa: S101  # the SP serves no other
         self._boot = start.port.boot_id, start.port.boot_key
         try:
-            worker = await self._services.pool.take(blank=start.permanent is None)
+            worker = worker or await self._services.pool.take()
             listen = self.interface.listen if fresh else _nothing
             await self._run_worker(worker, start, with_changes, listen)
         except SpvtpmError:
@@ -221,7 +226,7 @@ class Vtpm:
         assert self._boot is not None  # noqa: S101  # only a boot can be parked
         self._unwatch()
         try:
-            worker = await self._services.pool.take(blank=False)
+            worker = await self._services.pool.take()
         except WorkerError:  # it stays parked
             asyncio.get_running_loop().call_later(_WAKE_PAUSE_S, self._watch_parked)
             raise
@@ -309,18 +314,12 @@ class Vtpm:
             await self._services.commit(changes)
             first_changes.clear()
 
-        def endorse(request: Endorse) -> Endorsed:
-            endorsement = self._services.endorser.certify(self.vtpm_id, request)
-            first_changes.append((endorsement_name(self.vtpm_id), encode_endorsement(endorsement)))
-            return Endorsed(list(endorsement.certificates), endorsement.issuer)
-
         async def notice_end(reason: str) -> None:
             async with self._lock:
                 if self._session is session and self.residency is Residency.ACTIVE:
                     await self._fail(reason)
 
-        certified = endorse if start.endorsed else None
-        session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end, certified)
+        session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end)
         try:
             ready = await session.start(start, list(self.interface.offer), meanwhile)
         except SpvtpmError:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -86,29 +86,31 @@ class VtpmManager:
 
     async def create(
         self,
-        vtpm_id: uuid.UUID,
         vm_id: uuid.UUID,
         boot: tuple[bytes, bytes],
-        binding: Binding,
+        bind: Callable[[uuid.UUID], Binding],
         pcr_banks: Collection[str] = (),
     ) -> Vtpm:
         """Makes a new vTPM and powers it on; its state and the binding become durable together or not at all.
 
         Args:
-            vtpm_id: new.
             vm_id: the VM it will serve for ever.
             boot: boot id (16 bytes) and boot key (32 bytes).
-            binding: of the vTPM to its VM.
+            bind: the binding of a vTPM with this id to its VM.
             pcr_banks: names of the PCR banks that it has; none: as it is manufactured.
 
         Raises:
             PcrBankUnknown: there is no such bank; nothing was made.
             StorageError, WorkerError, ResourceError: nothing was made.
         """
-        vtpm = Vtpm(vtpm_id, vm_id, self._services)
+        blank = await self._services.pool.take_blank()
+        vtpm_id = blank.birth.vtpm_id
+        vtpm, binding = Vtpm(vtpm_id, vm_id, self._services), bind(vtpm_id)
         try:
-            await vtpm.manufacture(*boot, [binding.made], pcr_banks)
+            await vtpm.begin(blank, *boot, [binding.made], pcr_banks)
         except SpvtpmError:
+            blank.worker.kill()
+            blank.worker.close()
             # The worker may have died after its first commit.
             with suppress(StorageError):
                 await self._services.commit([*_removal(vtpm_id), binding.undone])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spvtpm.processor.endorser import Endorser
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.worker_pool import WorkerPool
@@ -23,7 +22,6 @@ class VtpmServices:
     Attributes:
         store: non-volatile storage, for reading.
         commit: makes changes to it durable.
-        endorser: certifies the EKs of new vTPMs.
         pool: worker processes.
         parking: parked states.
         runtime: directory of interface sockets.
@@ -33,7 +31,6 @@ class VtpmServices:
 
     store: NvStore
     commit: Commit
-    endorser: Endorser
     pool: WorkerPool
     parking: ParkingLot
     runtime: Path

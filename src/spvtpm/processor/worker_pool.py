@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
+from spvtpm.processor.endorser import Birth
 from spvtpm.processor.worker import messages
-from spvtpm.processor.worker.messages import FromWorker, Start, ToWorker
+from spvtpm.processor.worker.messages import Endorse, Endorsed, Failed, FromWorker, Start, ToWorker
 from spvtpm.processor.zygote_link import ZygoteLink
-from spvtpm.wire.errors import WorkerError
+from spvtpm.wire.errors import SpvtpmError, WorkerError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ _READ_BYTES = 1 << 12
 _REFILL_PAUSE_S = 0.01
 _RESTART_PAUSE_S = 0.1
 _RESTART_PATIENCE_S = 10.0
+_BLANK_PATIENCE_S = 60.0
 
 
 class Worker:
@@ -85,23 +88,39 @@ class Worker:
         self._connection.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """A worker with a new TPM in it, that nobody has used.
+
+    Attributes:
+        worker: waits for its `Start`.
+        birth: id and certificates of the TPM.
+    """
+
+    worker: Worker
+    birth: Birth
+
+
 class WorkerPool:
     """Forks workers through a zygote that is started again should it ever die.
 
     Keeps workers forked and confined ahead of need: bare ones, so that waking a vTPM does not wait for a fork, and such with
-    a blank TPM, so that creating one does not wait for its manufacture.
+    a new, certified TPM, so that creating one waits neither for its keys nor for their certificates.
 
     Args:
         spare: how many of each kind to keep ahead.
+        certify: what a new TPM says of itself; gives its birth. Called in another thread.
 
     Attributes:
         missing: sentences naming each sandbox layer that this kernel does not give.
     """
 
-    def __init__(self, spare: int) -> None:
+    def __init__(self, spare: int, certify: Callable[[Endorse], Birth]) -> None:
         self.missing: list[str] = []
         self._spare_count = spare
-        self._spare: dict[bool, list[Worker]] = {False: [], True: []}  # by whether they are blanks
+        self._certify = certify
+        self._spare: list[Worker] = []
+        self._blanks: list[asyncio.Task[Blank]] = []
         self._workers: dict[int, Worker] = {}
         self._link: ZygoteLink | None = None
         self._refilling: asyncio.TimerHandle | None = None
@@ -141,9 +160,40 @@ class WorkerPool:
     def _refill(self) -> None:
         self._refilling = None
         with suppress(WorkerError):
-            for blank, spare in self._spare.items():
-                while self._link is not None and len(spare) < self._spare_count:
-                    spare.append(self._fork(blank=blank))
+            while self._link is not None and len(self._spare) < self._spare_count:
+                self._spare.append(self._fork(blank=False))
+            while self._link is not None and len(self._blanks) < self._spare_count:
+                self._blanks.append(self._begin_blank())
+
+    def _begin_blank(self) -> asyncio.Task[Blank]:
+        task = asyncio.get_running_loop().create_task(self._make_blank(self._fork(blank=True)))
+        task.add_done_callback(_note_failure)
+        return task
+
+    async def _make_blank(self, worker: Worker) -> Blank:
+        """Hears what the worker's new TPM says of itself, and certifies it: its first words, and the only ones before `Start`.
+
+        Raises:
+            WorkerError: there is no such TPM.
+        """
+        try:
+            async with asyncio.timeout(_BLANK_PATIENCE_S):
+                birth = await self._hear_of_birth(worker)
+        except (SpvtpmError, ValueError, TimeoutError) as error:
+            worker.kill()
+            worker.close()
+            raise WorkerError(f"no new TPM could be made: {error or 'it takes too long'}") from None
+        return Blank(worker, birth)
+
+    async def _hear_of_birth(self, worker: Worker) -> Birth:
+        async for message in worker.receive():
+            if not isinstance(message, Endorse):
+                raise WorkerError(message.reason if isinstance(message, Failed) else "the worker speaks out of turn")
+            birth = await asyncio.to_thread(self._certify, message)
+            endorsement = birth.endorsement
+            await worker.send(Endorsed(list(endorsement.certificates), endorsement.issuer))
+            return birth
+        raise WorkerError("the worker died")
 
     def _fork(self, *, blank: bool) -> Worker:
         if self._link is None:
@@ -154,24 +204,39 @@ class WorkerPool:
         self._workers[tag] = worker
         return worker
 
-    async def take(self, *, blank: bool) -> Worker:
+    async def take(self) -> Worker:
         """A confined worker that waits for its `Start`; waits a while for a zygote that is being started again.
-
-        Args:
-            blank: it will manufacture a TPM, or has done so already.
 
         Raises:
             WorkerError: none can be had now.
         """
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._opened.wait(), _RESTART_PATIENCE_S)
-        spare = self._spare[blank]
-        while spare:
-            worker = spare.pop(0)
+        await self._await_zygote()
+        while self._spare:
+            worker = self._spare.pop(0)
             self._refill_later()
             if not worker.ended.done():
                 return worker
-        return self._fork(blank=blank)
+        return self._fork(blank=False)
+
+    async def take_blank(self) -> Blank:
+        """As `take`, with a new TPM.
+
+        Raises:
+            WorkerError: none can be had now.
+        """
+        await self._await_zygote()
+        while self._blanks:
+            making = self._blanks.pop(0)
+            self._refill_later()
+            with suppress(WorkerError):
+                blank = await making
+                if not blank.worker.ended.done():
+                    return blank
+        return await self._begin_blank()
+
+    async def _await_zygote(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._opened.wait(), _RESTART_PATIENCE_S)
 
     def _on_exit(self) -> None:
         assert self._link is not None  # noqa: S101  # the reader is removed with the link
@@ -200,8 +265,8 @@ class WorkerPool:
             if not worker.ended.done():
                 worker.ended.set_result(-9)
         self._workers.clear()
-        for spare in self._spare.values():
-            spare.clear()
+        self._spare.clear()
+        self._blanks.clear()
         self._restarting = asyncio.create_task(self._restart())
 
     async def _restart(self) -> None:
@@ -223,5 +288,13 @@ class WorkerPool:
             asyncio.get_running_loop().remove_reader(self._link.fileno())
             self._link.close()
             self._link = None
+        for making in self._blanks:
+            making.cancel()
         for worker in self._workers.values():
             worker.close()
+
+
+def _note_failure(making: asyncio.Task[Blank]) -> None:
+    """Whoever wants a blank makes another one: this one is only logged."""
+    if not making.cancelled() and (error := making.exception()) is not None:
+        log.error("%s", error)

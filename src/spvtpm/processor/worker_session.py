@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from spvtpm.processor.worker.messages import (
     Commit,
     Committed,
-    Endorse,
-    Endorsed,
     Failed,
     FromWorker,
     Park,
@@ -44,8 +42,6 @@ class WorkerSession:
         name: of the vTPM, for errors and the log: "vTPM 6f1c…".
         commit: makes a permanent state durable, or raises `StorageError`.
         on_end: told why, once, if the worker ends or misbehaves after it was started and before `end()`.
-        endorse: certifies the EKs of a new TPM; none: this worker makes no new TPM that has some. It is asked once, before
-            anything is committed: later than that, a guest may speak through the worker.
     """
 
     def __init__(
@@ -54,13 +50,11 @@ class WorkerSession:
         name: str,
         commit: Callable[[bytes], Awaitable[None]],
         on_end: Callable[[str], Coroutine[None, None, None]],
-        endorse: Callable[[Endorse], Endorsed] | None = None,
     ) -> None:
         self._worker = worker
         self._name = name
         self._commit = commit
         self._on_end = on_end
-        self._endorse = endorse
         self._awaited: asyncio.Future[FromWorker] | None = None
         self._refused = 0
         self._over: WorkerError | None = None
@@ -150,11 +144,7 @@ class WorkerSession:
         Raises:
             MessageError: it has no business to say this now.
         """
-        if isinstance(message, Endorse):
-            await self._worker.send(self._endorsed(message))
-        elif self._endorse is not None and not isinstance(message, Failed):
-            raise MessageError(f"it said {type(message).__name__} before its EKs were certified")
-        elif isinstance(message, Commit):
+        if isinstance(message, Commit):
             await self._worker.send(await self._committed(message))
         elif isinstance(message, Refused):
             if message.count < 2 * self._refused:
@@ -167,12 +157,6 @@ class WorkerSession:
         elif not isinstance(message, Failed):  # last words come when they must
             raise MessageError(f"it said {type(message).__name__} out of turn")
         await asyncio.sleep(0)
-
-    def _endorsed(self, message: Endorse) -> Endorsed:
-        endorse, self._endorse = self._endorse, None
-        if endorse is None:
-            raise MessageError("it has no EKs to be certified")
-        return endorse(message)
 
     async def _committed(self, message: Commit) -> Committed:
         try:

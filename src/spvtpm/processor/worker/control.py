@@ -9,9 +9,10 @@ from collections.abc import Callable
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.messages import Commit, Committed, Endorse, Endorsed, FromWorker, ToWorker
 from spvtpm.wire.errors import FrameError, MessageError, StorageError
-from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.framing import MAX_FRAME_BYTES, FrameDecoder, encode_frame
 
 MAX_DESCRIPTORS = 3
+_LENGTH_BYTES = 4
 
 
 class SecureProcessorGoneError(Exception):
@@ -78,16 +79,26 @@ class Control:
             raise StorageError(answer.failure)
 
     def endorse(self, request: Endorse) -> Endorsed:
-        """The certificates of a new TPM's EKs.
+        """The certificates of a new TPM's EKs; to be asked for before `receive_descriptors`.
 
         Raises:
             MessageError: the SP says something else.
         """
         self.send(request)
-        answer = self.receive()
+        answer = messages.parse_to_worker(self._exactly(int.from_bytes(self._exactly(_LENGTH_BYTES), "big")))
         if not isinstance(answer, Endorsed):
             raise MessageError(f"{type(answer).__name__} is no answer to Endorse")
         return answer
+
+    def _exactly(self, size: int) -> bytes:
+        """So many bytes and not one more: descriptors may come with the next."""
+        try:
+            data = self._socket.recv(min(size, MAX_FRAME_BYTES), socket.MSG_WAITALL)
+        except OSError:
+            data = b""
+        if len(data) < size:
+            raise SecureProcessorGoneError
+        return data
 
     def pending(self) -> bool:
         """Whether messages wait that were read while waiting for something else."""

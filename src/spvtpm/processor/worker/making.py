@@ -20,7 +20,7 @@ _PT_LEVEL, _PT_REVISION, _PT_MANUFACTURER, _PT_FIRMWARE = 0x101, 0x102, 0x105, 0
 
 
 class NewTpm:
-    """A TPM that was manufactured and started, and that nobody has used. After `finish` it waits for the power to come again.
+    """A TPM that was manufactured and that nobody has used. After `store` it waits for the power to come again.
 
     Args:
         process: executes a command.
@@ -33,24 +33,22 @@ class NewTpm:
     def __init__(self, process: Callable[[bytes], bytes], templates: Sequence[EkTemplate]) -> None:
         self._process = process
         self._templates = templates
-        self._do(tpm_commands.STARTUP_CLEAR)
+        do(process, tpm_commands.STARTUP_CLEAR)
         first = _PT_LEVEL
-        properties = tpm_commands.properties_in(self._do(tpm_commands.get_properties(first, _PT_FIRMWARE - first + 1)))
+        properties = tpm_commands.properties_in(
+            do(self._process, tpm_commands.get_properties(first, _PT_FIRMWARE - first + 1))
+        )
         self.endorse = Endorse(
             [self._derive(template) for template in templates],
             *(properties[number] for number in (_PT_MANUFACTURER, _PT_FIRMWARE, _PT_LEVEL, _PT_REVISION)),
         )
         """What the SP is to certify."""
 
-    def _do(self, command: bytes) -> bytes:
-        response = self._process(command)
-        if (code := tpm_commands.response_code(response)) != 0:
-            raise TpmFailed(f"A new TPM refuses a command of its maker: TPM result {code:#x}.")
-        return response
-
     def _derive(self, template: EkTemplate) -> bytes:
-        handle, public = tpm_commands.created_primary(self._do(tpm_commands.create_primary_ek(template.public)))
-        self._do(tpm_commands.flush_context(handle))
+        handle, public = tpm_commands.created_primary(
+            do(self._process, tpm_commands.create_primary_ek(template.public))
+        )
+        do(self._process, tpm_commands.flush_context(handle))
         return public
 
     def store(self, endorsed: Endorsed) -> None:
@@ -64,27 +62,43 @@ class NewTpm:
         chain = b"".join(endorsed.issuer)
         for number, start in enumerate(range(0, len(chain), MAX_CERTIFICATE_BYTES)):
             self._write(CHAIN_INDEX + number, chain[start : start + MAX_CERTIFICATE_BYTES])
+        do(self._process, tpm_commands.SHUTDOWN_CLEAR)  # in order, so that its next start finds no sign of a power cut
 
     def _write(self, index: int, content: bytes) -> None:
-        self._do(tpm_commands.nv_define(index, len(content)))
+        do(self._process, tpm_commands.nv_define(index, len(content)))
         step = tpm_commands.MAX_NV_PIECE_BYTES
         for offset in range(0, len(content), step):
-            self._do(tpm_commands.nv_write(index, content[offset : offset + step], offset))
+            do(self._process, tpm_commands.nv_write(index, content[offset : offset + step], offset))
 
-    def allocate(self, banks: Collection[str]) -> None:
-        """Gives PCRs to these banks and to no other.
 
-        Raises:
-            TpmFailed: it has no such bank.
-        """
-        wanted = {PCR_BANKS[name] for name in banks}
-        known = tpm_commands.pcr_banks_in(self._do(tpm_commands.get_pcr_banks()))
-        if not wanted <= set(known):
-            raise TpmFailed("This TPM has not all the PCR banks that are asked for.")
-        chosen = {algorithm: algorithm in wanted for algorithm in known}
-        if not tpm_commands.pcrs_allocated(self._do(tpm_commands.pcr_allocate(chosen))):
-            raise TpmFailed("This TPM has no room for the PCR banks that are asked for.")
+def allocate_banks(process: Callable[[bytes], bytes], banks: Collection[str]) -> None:
+    """Gives PCRs to these banks and to no other; then the TPM waits for the power to come again.
 
-    def finish(self) -> None:
-        """Shuts it down in order, so that its next start finds no sign of a power cut."""
-        self._do(tpm_commands.SHUTDOWN_CLEAR)
+    Args:
+        process: executes a command of a new TPM that was not started yet.
+        banks: their names.
+
+    Raises:
+        TpmFailed: it has no such bank.
+    """
+    do(process, tpm_commands.STARTUP_CLEAR)
+    wanted = {PCR_BANKS[name] for name in banks}
+    known = tpm_commands.pcr_banks_in(do(process, tpm_commands.get_pcr_banks()))
+    if not wanted <= set(known):
+        raise TpmFailed("This TPM has not all the PCR banks that are asked for.")
+    chosen = {algorithm: algorithm in wanted for algorithm in known}
+    if not tpm_commands.pcrs_allocated(do(process, tpm_commands.pcr_allocate(chosen))):
+        raise TpmFailed("This TPM has no room for the PCR banks that are asked for.")
+    do(process, tpm_commands.SHUTDOWN_CLEAR)
+
+
+def do(process: Callable[[bytes], bytes], command: bytes) -> bytes:
+    """Executes a command that a new TPM cannot but carry out.
+
+    Raises:
+        TpmFailed: it does not.
+    """
+    response = process(command)
+    if (code := tpm_commands.response_code(response)) != 0:
+        raise TpmFailed(f"A new TPM refuses a command of its maker: TPM result {code:#x}.")
+    return response

@@ -80,9 +80,8 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
     Attributes:
         port: where commands come from.
-        permanent: the TPM's permanent state, authenticated by the SP; none manufactures a new TPM.
+        permanent: the TPM's permanent state, authenticated by the SP; none: the new TPM that the worker has made, or makes.
         volatile: its volatile state as `Parked` gave it; none is a power-on.
-        endorsed: a new TPM's EKs are to be certified (`Endorse`).
         pcr_banks: names of those that a new TPM is to have; none: as it is manufactured.
         reseed: other copies of this state may run, as of one that was hibernated: no random number may be drawn twice.
     """
@@ -90,7 +89,6 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     port: DirectPort | PacketPort
     permanent: Permanent | None = None
     volatile: Volatile | None = None
-    endorsed: bool = False
     pcr_banks: Annotated[list[PcrBank], Meta(max_length=16)] = []
     reseed: bool = False
 
@@ -134,7 +132,7 @@ class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
 
 class Endorse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """The public keys that a worker has just derived in the new TPM that `Start` asks for; once, before its first `Commit`.
+    """The public keys that a worker has just derived in its new TPM; its first words, long before any guest's.
 
     Attributes:
         publics: TPMT_PUBLIC of each standard EK, in the order of the templates.

@@ -25,8 +25,8 @@ _ENDORSED = Endorsed([bytes(900)] * len(_EKS), (bytes(900), bytes(900), bytes(90
 """As long as certificates are."""
 
 _LIVES: tuple[tuple[ToWorker, ...], ...] = (
-    (_ENDORSED, Committed(), PowerOff(), Committed(), Committed()),
-    (_ENDORSED, Committed(), Park(only_if_idle=False)),
+    (Committed(), PowerOff(), Committed(), Committed()),
+    (Committed(), Park(only_if_idle=False)),
 )
 """What the SP says after `Start`: what a whole life asks for is answered before it is asked for."""
 
@@ -38,12 +38,13 @@ def rehearse() -> None:
 
 
 def _live(orders: tuple[ToWorker, ...]) -> None:
-    start = Start(DirectPort(bytes(16), bytes(16), bytes(32)), endorsed=True)
+    start = Start(DirectPort(bytes(16), bytes(16), bytes(32)))
     flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
     memory, *doorbells = os.memfd_create("rehearsal", os.MFD_CLOEXEC), os.eventfd(0, flags), os.eventfd(0, flags)
     os.ftruncate(memory, crb.MEMORY_BYTES)
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        ours.sendall(encode_frame(encode(_ENDORSED)))
         socket.send_fds(ours, [b"\0"], [memory, *doorbells])
         for order in (start, *orders):
             ours.sendall(encode_frame(encode(order)))

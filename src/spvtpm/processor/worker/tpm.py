@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from spvtpm.engine.errors import EngineError
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
-from spvtpm.processor.worker.making import NewTpm
+from spvtpm.processor.worker.making import NewTpm, allocate_banks
 from spvtpm.processor.worker.messages import Endorse, Endorsed, Start
 from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
 from spvtpm.processor.worker.tpm_commands import SHUTDOWN_CLEAR
-from spvtpm.wire.ek_templates import EK_TEMPLATES, EkTemplate
+from spvtpm.wire.ek_templates import EkTemplate
 
 
 class WorkerTpm:
@@ -27,7 +27,6 @@ class WorkerTpm:
     ) -> None:
         self._commit = commit
         self._endorse = endorse
-        self._new: NewTpm | None = None
         self._engine = Engine(self._stored)
         self._durable = b""
         self._latest = b""
@@ -36,7 +35,7 @@ class WorkerTpm:
         self._latest = permanent
 
     def make_blank(self, templates: Sequence[EkTemplate]) -> None:
-        """Manufactures a TPM ahead of need and derives its EKs; `start` makes it durable, or gives it up for one that exists.
+        """Manufactures a TPM ahead of need, with EKs that the SP has certified; `start` makes it durable.
 
         Args:
             templates: of the EKs; an RSA key takes a while.
@@ -45,7 +44,9 @@ class WorkerTpm:
             EngineError: libtpms cannot.
         """
         self._engine.manufacture()
-        self._new = NewTpm(self._engine.process, templates)
+        new = NewTpm(self._engine.process, templates)
+        new.store(self._endorse(new.endorse))
+        self._take_power_away_once()
 
     def start(self, start: Start, meanwhile: Callable[[], None]) -> None:
         """Manufactures or resumes the TPM; returns once its state is durable and `meanwhile`, called once, is done.
@@ -57,33 +58,24 @@ class WorkerTpm:
         """
         if start.permanent is not None:
             self._resume(start, start.permanent)
-        elif start.endorsed or start.pcr_banks or self._engine.is_on:
-            self._make(start)
-        else:
+        elif not self._engine.is_on:
             self._engine.manufacture()
+        if start.pcr_banks:
+            allocate_banks(self._engine.process, start.pcr_banks)
+            self._take_power_away_once()
         if self.waits_for_storage:
             self.make_durable(meanwhile)
         else:
             meanwhile()
 
     def _resume(self, start: Start, permanent: bytes) -> None:
-        self._engine.power_off()
         self._durable = self._latest = permanent
         self._engine.resume(permanent, None if start.volatile is None else unpack_volatile(start.volatile))
         if start.reseed and start.volatile is not None:
             self._engine.reseed()  # without a volatile state, TPM2_Startup does it
 
-    def _make(self, start: Start) -> None:
-        """Makes the new TPM as it is asked for, and takes the power away once, so that the guest finds it as new."""
-        if self._new is None:
-            self.make_blank(EK_TEMPLATES)
-        new, self._new = self._new, None
-        assert new is not None  # noqa: S101  # made above
-        if start.endorsed:
-            new.store(self._endorse(new.endorse))
-        if start.pcr_banks:
-            new.allocate(start.pcr_banks)
-        new.finish()
+    def _take_power_away_once(self) -> None:
+        """So that the guest finds the TPM as new."""
         self._engine.power_off()
         self._engine.resume(self._latest)
 

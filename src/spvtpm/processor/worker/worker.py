@@ -24,7 +24,7 @@ def run(connection: socket.socket, missing: list[str], *, blank: Sequence[EkTemp
     Args:
         connection: to the SP.
         missing: the sandbox layers that this kernel does not give, for the SP's log.
-        blank: manufacture a TPM while waiting for the first message, with these EKs.
+        blank: manufacture a TPM ahead of the first message, with these EKs.
     """
     control = Control(connection)
     with suppress(SecureProcessorGoneError), ExitStack() as cleanup:
