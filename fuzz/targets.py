@@ -6,6 +6,7 @@ from fuzz.certificate_targets import CERTIFICATE_TARGETS
 from fuzz.instance_targets import INSTANCE_TARGETS
 from fuzz.interface_targets import INTERFACE_TARGETS
 from fuzz.message_targets import MESSAGE_TARGETS
+from fuzz.owner_targets import OWNER_TARGETS
 from fuzz.storage_targets import STORAGE_TARGETS
 from fuzz.stream_targets import STREAM_TARGETS
 from fuzz.target import Target
@@ -16,6 +17,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         *STREAM_TARGETS,
         *MESSAGE_TARGETS,
+        *OWNER_TARGETS,
         *INSTANCE_TARGETS,
         *CERTIFICATE_TARGETS,
         *INTERFACE_TARGETS,

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from spvtpm.processor.config import DEFAULT_TOML, SpConfig
-from spvtpm.wire import crb, messages
+from spvtpm.terminal import whereabouts
+from spvtpm.wire import channel, crb, messages, owner_messages
 from spvtpm.wire.errors import SpvtpmError
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,25 @@ def test_every_message_of_the_hypervisors_port_is_specified(union: object) -> No
         assert re.search(rf"(?m)^(\| `{message.__name__}` \||### {message.__name__}$)", page), message.__name__
         for field in msgspec.structs.fields(message):
             assert f"`{field.name}`" in page, f"{message.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("union", "page"),
+    [
+        (owner_messages.OwnerRequest, "owner-messages.md"),
+        (owner_messages.OwnerReply, "owner-messages.md"),
+        (channel.ClearMessage, "channel.md"),
+        (whereabouts.Place, "keyring.md"),
+    ],
+    ids=["requests", "replies", "introductions", "places"],
+)
+def test_every_message_of_an_owner_and_every_place_of_a_vtpm_is_specified(union: object, page: str) -> None:
+    text = (ROOT / "docs/formats" / page).read_text()
+    for message in get_args(union):
+        tag = message.__struct_config__.tag
+        assert re.search(rf"(?m)^\| `{tag}` \|", text), tag
+        for field in msgspec.structs.fields(message):
+            assert f"`{field.name}`" in text, f"{tag}.{field.name}"
 
 
 def test_every_register_and_every_reason_for_a_refusal_is_specified() -> None:
