@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from spvtpm.files import create_file
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
@@ -95,6 +96,13 @@ class RunningSp:
     def key(self, vm_id: uuid.UUID) -> bytes:
         """The VM's key, as the VM has it."""
         return self._keys.setdefault(vm_id, os.urandom(32))
+
+    def key_file(self, vm_id: uuid.UUID) -> Path:
+        """The VM's key as a file of the VM, for the commands that run in it."""
+        path = self.state.with_name(f"{vm_id}.key")
+        if not path.exists():
+            create_file(path, self.key(vm_id))
+        return path
 
     def new_vm(self, policy: Policy = ANYTHING) -> uuid.UUID:
         """A new VM, provisioned by its owner; not launched."""

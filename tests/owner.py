@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -125,8 +126,9 @@ class OwnerChannel:
 
     def send_frames(self, frames: Sequence[bytes]) -> None:
         """Gives frames to the relay."""
-        for frame in frames:
-            self._socket.sendall(encode_frame(frame))
+        with suppress(BrokenPipeError):  # whoever was turned away can still read why
+            for frame in frames:
+                self._socket.sendall(encode_frame(frame))
 
     def frame(self) -> bytes:
         """The next frame from the relay.

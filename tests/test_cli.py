@@ -35,8 +35,8 @@ COMMANDS = [
             "stop",
             "park",
             "wake",
-            "destroy-vtpm",
-            "decommission",
+            "hibernate",
+            "endorsement",
             "list",
         )
     ),
@@ -109,7 +109,7 @@ def complaint(exit_code: int, *words: str | Path) -> str:
 
 def guest(sp: RunningSp, vm_id: uuid.UUID, key: Path | None = None) -> list[str | Path]:
     """`guest tcti` for a VM."""
-    return ["guest", "tcti", "--interface", sp.interface(vm_id), "--key", key or sp.key_path(vm_id)]
+    return ["guest", "tcti", "--interface", sp.interface(vm_id), "--key", key or sp.key_file(vm_id)]
 
 
 @pytest.fixture
@@ -155,12 +155,12 @@ def test_json_output_parses(sp: RunningSp) -> None:
     for command, residency in (("park", "parked"), ("wake", "active"), ("reset", "active"), ("stop", "off")):
         assert json.loads(done("hypervisor", command, str(vm_id), *at))["vtpm"]["residency"] == residency
     assert json.loads(done("hypervisor", "start", str(vm_id), *at))["boots"] == 3
-    assert json.loads(done("hypervisor", "destroy-vtpm", str(vm_id), *at))["vtpm"] is None
-    assert json.loads(done("hypervisor", "stop", str(vm_id), *at))["state"] == "stopped"
-    assert json.loads(done("hypervisor", "start", str(vm_id), *at))["vtpm"] is None
-    assert json.loads(done("hypervisor", "create-vtpm", str(vm_id), *at))["vtpm"]["residency"] == "active"
+    assert json.loads(done("hypervisor", "hibernate", str(vm_id), *at))["state"] == "hibernated"
+    assert json.loads(done("hypervisor", "start", str(vm_id), *at))["boots"] == 4
     assert str(vm_id) in {vm["vm_id"] for vm in json.loads(done("hypervisor", "list", *at))}
-    assert json.loads(done("hypervisor", "decommission", str(vm_id), *at)) == {"type": "Done"}
+    bare = str(sp.new_vm())
+    assert json.loads(done("hypervisor", "launch", bare, "--without-vtpm", *at))["vtpm"] is None
+    assert json.loads(done("hypervisor", "create-vtpm", bare, *at))["vtpm"]["residency"] == "active"
 
 
 def test_a_list_in_a_pipe_is_not_cut_off(sp: RunningSp) -> None:
@@ -394,16 +394,12 @@ def test_commands_that_the_security_block_refuses(sp: RunningSp) -> None:
     unknown, vm_id = str(uuid.uuid4()), str(sp.launch())
 
     assert f"there is no VM {unknown}" in complaint(3, "hypervisor", "start", unknown, *at)
-    assert "already" in complaint(3, "hypervisor", "launch", vm_id, *at)
+    assert "has been launched before" in complaint(3, "hypervisor", "launch", vm_id, *at)
+    assert "its owner provisions it" in spvtpm("hypervisor", "launch", unknown, *at).stderr
+    assert "never been launched" in complaint(3, "hypervisor", "start", str(sp.new_vm()), *at)
     assert "not parked" in complaint(3, "hypervisor", "wake", vm_id, *at)
     complaint(3, "hypervisor", "start", vm_id, *at)
     complaint(3, "hypervisor", "create-vtpm", vm_id, *at)
-
-
-def test_a_vm_whose_key_the_secure_processor_does_not_have(sp: RunningSp) -> None:
-    vm_id = uuid.uuid4()
-
-    assert f"{vm_id}.key" in complaint(4, "hypervisor", "launch", str(vm_id), "--sp", sp.socket)
 
 
 # What is wrong inside the VM
@@ -418,9 +414,10 @@ def test_the_wrong_key(sp: RunningSp, tmp_path: Path) -> None:
 
 def test_a_key_that_others_can_read(sp: RunningSp) -> None:
     vm_id = sp.launch()
-    sp.key_path(vm_id).chmod(0o640)
+    key = sp.key_file(vm_id)
+    key.chmod(0o640)
 
-    assert "can be read by others" in complaint(4, *guest(sp, vm_id))
+    assert "can be read by others" in complaint(4, *guest(sp, vm_id, key))
 
 
 def test_a_key_that_is_missing_or_none(sp: RunningSp, tmp_path: Path) -> None:
@@ -445,7 +442,7 @@ def test_a_new_key_never_replaces_one(tmp_path: Path) -> None:
 
 def test_no_interface_is_there(sp: RunningSp, tmp_path: Path) -> None:
     vm_id = sp.launch()
-    place = ("--interface", tmp_path / "none.sock", "--key", sp.key_path(vm_id))
+    place = ("--interface", tmp_path / "none.sock", "--key", sp.key_file(vm_id))
 
     assert "cannot connect to the interface" in complaint(5, "guest", "tcti", *place)
 

@@ -10,7 +10,6 @@ import pytest
 from spvtpm.embedded import VTPM
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import messages
 from spvtpm.wire.errors import AlreadyExists, InterfaceError, StateInUse
 from tests import tpm_commands as tpm
@@ -39,7 +38,7 @@ def test_another_vm_that_is_handed_the_interface_can_execute_nothing(sp: Running
         tpm.checked(driver.transmit(tpm.startup()))
 
     with InterfaceMemory.connect(sp.interface(victim)) as handed_over:
-        thief = CrbDriver(handed_over, read_vm_key(sp.key_path(other)))
+        thief = CrbDriver(handed_over, sp.key(other))
         with pytest.raises(InterfaceError, match="not authentic"):
             thief.transmit(tpm.pcr_extend(16, MEASUREMENT))
 
@@ -78,18 +77,18 @@ def test_a_bound_vm_gets_no_second_vtpm_and_its_binding_survives_a_restart(sp: R
 
 
 @pytest.mark.attack("A10")
-def test_one_key_file_under_two_names_still_gives_two_vms_different_frames(sp: RunningSp) -> None:
+def test_one_key_for_two_vms_still_gives_them_different_frames(sp: RunningSp) -> None:
     first, second = sp.launch(), uuid.uuid4()
-    sp.key_path(second).write_bytes(sp.key_path(first).read_bytes())
-    sp.key_path(second).chmod(0o600)
+    with sp.channel() as channel:
+        channel.provision(second, sp.key(first))
     sp.info(messages.LaunchVm(vm_id=second))
 
     with InterfaceMemory.connect(sp.interface(first)) as interface:
-        driver = CrbDriver(interface, read_vm_key(sp.key_path(first)))
+        driver = CrbDriver(interface, sp.key(first))
         tpm.checked(driver.transmit(tpm.startup()))
         frame = interface.memory[0x2000:0x3000]
     with InterfaceMemory.connect(sp.interface(second)) as interface:
-        driver = CrbDriver(interface, read_vm_key(sp.key_path(second)))
+        driver = CrbDriver(interface, sp.key(first))
         interface.memory[0x2000:0x3000] = frame
         assert start_command(interface).name == "NOT_AUTHENTIC"
         assert tpm.response_code(driver.transmit(tpm.get_random(8))) == tpm.RC_INITIALIZE

@@ -9,7 +9,6 @@ import pytest
 from spvtpm.embedded import VTPM
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import crb, messages
 from spvtpm.wire.crb import AttachError, Register
 from spvtpm.wire.errors import InterfaceError, MailboxError
@@ -34,7 +33,7 @@ class AttackedVm:
 
     def attach(self) -> None:
         self.interface = InterfaceMemory.connect(self.sp.interface(self.vm_id))
-        self.driver = CrbDriver(self.interface, read_vm_key(self.sp.key_path(self.vm_id)))
+        self.driver = CrbDriver(self.interface, self.sp.key(self.vm_id))
 
     def pcr(self) -> bytes:
         return tpm.pcr_in(self.driver.transmit(tpm.pcr_read(16)))

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import crb
 from spvtpm.wire.crb import AttachError, Register
 from spvtpm.wire.errors import SpvtpmError
@@ -28,7 +27,7 @@ MEASUREMENT = bytes(range(32))
 def attached(sp: RunningSp) -> Iterator[tuple[InterfaceMemory, CrbDriver]]:
     vm_id = sp.launch()
     with InterfaceMemory.connect(sp.interface(vm_id)) as interface:
-        driver = CrbDriver(interface, read_vm_key(sp.key_path(vm_id)))
+        driver = CrbDriver(interface, sp.key(vm_id))
         tpm.checked(driver.transmit(tpm.startup()))
         yield interface, driver
 

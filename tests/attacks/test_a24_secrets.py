@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.keepers import load_fuses
 from spvtpm.wire.errors import SpvtpmError
 from spvtpm.wire.messages import LaunchVm, ParkVtpm
+from spvtpm.wire.owner_messages import Rotated, RotateUserSecret, encode_owner_message
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
 
@@ -62,7 +64,9 @@ class UsedSp:
         self.vm_id = sp.launch()
         self.secrets = {
             **secrets_in(fuses),
-            "VM key": sp.key_path(self.vm_id).read_bytes(),
+            "VM key": sp.key(self.vm_id),
+            "UserSecret": sp.owner.user_secret,
+            "owner's key": sp.owner.key.private_numbers().private_value.to_bytes(48, "big"),
             "NV content": MARKER,
         }
         with sp.driver(self.vm_id) as driver:
@@ -74,13 +78,26 @@ class UsedSp:
             tpm.checked(driver.transmit(tpm.get_random(8)))
             self.memory += bytes(driver._memory[:])
         self.errors = b""
-        damaged = sp.new_vm()
-        sp.key_path(damaged).write_bytes(self.secrets["VM key"] + b"too long")
-        for vm_id in (damaged, self.vm_id):
-            with pytest.raises(SpvtpmError) as caught:
-                sp.call(LaunchVm(vm_id=vm_id))
-            self.errors += str(caught.value).encode()
-        sp.key_path(damaged).unlink()
+        with pytest.raises(SpvtpmError) as caught:
+            sp.call(LaunchVm(vm_id=self.vm_id))
+        self.errors += str(caught.value).encode()
+        self.speak_as_owner()
+
+    def speak_as_owner(self) -> None:
+        """What an owner says, rightly and wrongly, with secrets in it."""
+        again = self.sp.owner.provision(self.vm_id, self.secrets["VM key"])
+        cut_off = encode_owner_message(again)[:-1]
+        too_long = encode_owner_message(
+            msgspec.structs.replace(again, vm_key=again.vm_key + b"!", user_secret=again.user_secret + b"!")
+        )
+        with self.sp.channel() as channel:
+            channel.ask(RotateUserSecret(user_secret=self.sp.owner.user_secret), Rotated)
+            for message in (encode_owner_message(again), cut_off, too_long):
+                channel.channel.send(message)
+                channel.send_frames(channel.channel.frames())
+                with pytest.raises(SpvtpmError) as caught:
+                    channel.hear()
+                self.errors += str(caught.value).encode()
 
 
 @pytest.fixture
@@ -124,7 +141,7 @@ def test_no_secret_is_in_logs_errors_command_lines_environments_or_vm_memory(use
 @pytest.mark.attack("A24")
 def test_no_secret_is_in_the_state_directory_but_in_the_files_that_are_made_for_it(used: UsedSp) -> None:
     used.sp.stop()
-    allowed = {used.sp.state / "fuses" / "chip", used.sp.key_path(used.vm_id)}
+    allowed = {used.sp.state / "fuses" / "chip"}
     files = [path for path in used.sp.state.rglob("*") if path.is_file() and path not in allowed]
     found = [
         (secret, path.name)

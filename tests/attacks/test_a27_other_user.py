@@ -66,15 +66,18 @@ def test_a_plain_tpm_socket_with_open_permissions_serves_another_user(vtpm: VTPM
 def test_file_permissions_keep_another_user_from_every_socket(sp: RunningSp) -> None:
     vm_id = sp.launch()
     assert "Permission denied" in as_other_user(lambda: SecureProcessorClient(sp.socket))
+    assert "Permission denied" in as_other_user(sp.channel)
     assert "Permission denied" in as_other_user(lambda: InterfaceMemory.connect(sp.interface(vm_id)))
 
 
 def test_peer_credentials_refuse_another_user_even_where_permissions_are_open(sp: RunningSp) -> None:
     vm_id = sp.launch()
-    for path in (sp.socket, sp.interface(vm_id)):
+    for path in (sp.socket, sp.socket.with_name("channel.sock"), sp.interface(vm_id)):
         open_the_way_to(path)
 
     refused = as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms()))
+    assert refused.startswith("PermissionRefused"), refused
+    refused = as_other_user(sp.channel)
     assert refused.startswith("PermissionRefused"), refused
     refused = as_other_user(lambda: InterfaceMemory.connect(sp.interface(vm_id)))
     assert "refused this process" in refused
@@ -89,8 +92,9 @@ def test_a_user_who_is_allowed_may_connect_and_one_who_is_not_may_not(state_dire
         vm_id = sp.launch()
 
         assert as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms())) == "done"
+        assert as_other_user(lambda: sp.channel().close()) == "done"
         assert as_other_user(lambda: InterfaceMemory.connect(sp.interface(vm_id)).close()) == "done"
-        for secret in ("fuses", "nv.db", f"vm-keys/{vm_id}.key", "vm-keys", "."):
+        for secret in ("fuses", "nv.db", "."):
             looked = as_other_user(lambda path=sp.state / secret: os.close(os.open(path, os.O_RDONLY)))
             assert "Permission denied" in looked, secret
         refused = as_other_user(lambda: SecureProcessorClient(sp.socket).call(messages.ListVms()), OTHER_USER - 1)

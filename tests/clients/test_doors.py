@@ -24,7 +24,7 @@ pytestmark = pytest.mark.claim("C9")
 
 
 def words_of(sp: RunningSp, vm_id: uuid.UUID, door: str) -> list[str]:
-    interface, key = str(sp.interface(vm_id)), str(sp.key_path(vm_id))
+    interface, key = str(sp.interface(vm_id)), str(sp.key_file(vm_id))
     return [*SPVTPM, "guest", door, "--interface", interface, "--key", key]
 
 

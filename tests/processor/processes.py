@@ -1,14 +1,21 @@
-"""Other processes, for tests: which there are below one, and their ends, awaited without guessing how long they take."""
+"""Other processes, for tests: which there are below one, and their ends, awaited without guessing how long they take.
+
+And a disk that is full for one of them.
+"""
 
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from spvtpm.wire import crb
+from tests.harness import RunningSp
 
 
 def descendants(pid: int) -> list[int]:
@@ -63,3 +70,13 @@ class Doomed:
         with suppress(ProcessLookupError):  # it went with another one
             signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
         self.await_end()
+
+
+@contextmanager
+def full_disk(sp: RunningSp) -> Iterator[None]:
+    """The daemon cannot write its log beyond what an interface's memory, a file too, needs; and the log has come that far."""
+    for _ in range(40):
+        sp.destroy(sp.launch())
+    resource.prlimit(sp.process.pid, resource.RLIMIT_FSIZE, (crb.MEMORY_BYTES, resource.RLIM_INFINITY))
+    yield
+    resource.prlimit(sp.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

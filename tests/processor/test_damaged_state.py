@@ -21,7 +21,6 @@ from spvtpm.wire.errors import (
     AlreadyInitialised,
     ChipFileError,
     IntegrityError,
-    NotFound,
     StorageError,
 )
 from tests import tpm_commands as tpm
@@ -195,30 +194,38 @@ def test_a_damaged_security_block_is_named_and_refused_and_its_neighbour_is_not_
 ) -> None:
     stopped = StoppedSp(state_directory)
     victim, neighbour = stopped.vms
+    name = f"vmsb/{victim}"
+    with closing(sqlite3.connect(state_directory / "nv.db")) as database:
+        kept = database.execute("SELECT version, salt, sealed FROM records WHERE name = ?", (name,)).fetchone()
     # The neighbour's block in its place would hand the VM another vTPM.
     change_records(
         state_directory,
         "UPDATE records SET (version, salt, sealed) = (SELECT version, salt, sealed FROM records WHERE name = ?) "
         "WHERE name = ?",
         f"vmsb/{neighbour}",
-        f"vmsb/{victim}",
+        name,
     )
     with RunningSp(state_directory) as sp:
         assert f"vmsb/{victim} is version" in sp.log()
         assert (sp.vm(victim).state, sp.vm(victim).vtpm) == ("damaged", None)
-        with pytest.raises(AlreadyExists):
-            sp.call(messages.LaunchVm(vm_id=victim))
-        for refused in (messages.StartVm, messages.StopVm, messages.ResetVm, messages.CreateVtpm, messages.ParkVtpm):
-            with pytest.raises(IntegrityError, match=f"vmsb/{victim}"):
+        with sp.channel() as channel, pytest.raises(AlreadyExists):
+            channel.provision(victim, bytes(32))
+        commands = (messages.LaunchVm, messages.StartVm, messages.StopVm, messages.ResetVm, messages.HibernateVm)
+        for refused in (*commands, messages.CreateVtpm, messages.ParkVtpm, messages.GetEndorsement):
+            with pytest.raises(IntegrityError, match=name):
                 sp.call(refused(vm_id=victim))
+        with pytest.raises(IntegrityError, match=name):
+            sp.destroy(victim)  # nobody can tell whose it is
         sp.info(messages.StartVm(vm_id=neighbour))
         with sp.driver(neighbour) as driver:
             tpm.checked(driver.transmit(tpm.startup()))
 
-        sp.call(messages.DecommissionVm(vm_id=victim))
-        with pytest.raises(NotFound):
-            sp.call(messages.StopVm(vm_id=victim))
-        assert sp.info(messages.LaunchVm(vm_id=victim)).boots == 1
+        assert sp.stop() == 0
+        change_records(
+            state_directory, "UPDATE records SET (version, salt, sealed) = (?, ?, ?) WHERE name = ?", *kept, name
+        )
+        sp.start()
+        assert sp.info(messages.StartVm(vm_id=victim)).boots == 2
 
 
 def test_a_vtpm_whose_record_is_altered_while_it_runs_fails_at_its_next_boot_and_not_its_neighbour(

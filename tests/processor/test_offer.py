@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def vm_id(sp: RunningSp) -> Iterator[uuid.UUID]:
     """A running VM."""
     vm_id = sp.launch()
     yield vm_id
-    sp.call(messages.DecommissionVm(vm_id=vm_id))
+    sp.destroy(vm_id)
 
 
 class Visitor:
@@ -178,7 +178,7 @@ def test_holders_of_different_interfaces_do_not_wait_for_each_other(sp: RunningS
     ):
         inodes = {os.fstat(descriptor).st_ino for descriptor in (offer_one.memory, offer_two.memory)}
         assert len(inodes) == 2
-    sp.call(messages.DecommissionVm(vm_id=other))
+    sp.destroy(other)
 
 
 # What is offered
@@ -241,15 +241,21 @@ def test_the_socket_is_the_owners_alone(sp: RunningSp, vm_id: uuid.UUID) -> None
 
 
 @pytest.mark.parametrize(
-    "end", [messages.StopVm, messages.DestroyVtpm, messages.DecommissionVm], ids=lambda kind: kind.__name__
+    "end",
+    [
+        lambda sp, vm_id: sp.call(messages.StopVm(vm_id=vm_id)),
+        lambda sp, vm_id: sp.call(messages.HibernateVm(vm_id=vm_id)),
+        RunningSp.destroy,
+    ],
+    ids=["StopVm", "HibernateVm", "the owner's DestroyVm"],
 )
 def test_the_end_of_the_vtpm_ends_the_connection_of_its_holder_and_of_those_who_wait(
-    sp: RunningSp, end: type[messages.StopVm | messages.DestroyVtpm | messages.DecommissionVm]
+    sp: RunningSp, end: Callable[[RunningSp, uuid.UUID], object]
 ) -> None:
     vm_id = sp.launch()
     with Visitor(sp, vm_id) as holder, Visitor(sp, vm_id) as patient:
         assert holder.gets_it()
-        sp.call(end(vm_id=vm_id))
+        end(sp, vm_id)
         assert holder.is_turned_away()
         assert patient.is_turned_away()
         assert not sp.interface(vm_id).exists()
@@ -273,20 +279,19 @@ def test_interfaces_come_and_go_without_a_trace(sp: RunningSp) -> None:
     def descriptors() -> int:
         return len(os.listdir(f"/proc/{sp.process.pid}/fd"))  # noqa: PTH208
 
-    vm_id = sp.new_vm()
     counts = []
     for _ in range(6):
+        vm_id = sp.new_vm()
         sp.call(messages.LaunchVm(vm_id=vm_id, with_vtpm=False))
         without = descriptors()
-        for _ in range(3):
-            sp.call(messages.CreateVtpm(vm_id=vm_id))
+        sp.call(messages.CreateVtpm(vm_id=vm_id))
+        for end in (messages.StopVm, messages.HibernateVm, messages.StopVm):
             with sp.driver(vm_id) as driver:
-                tpm.checked(driver.transmit(tpm.startup()))
-            sp.call(messages.DestroyVtpm(vm_id=vm_id))
-            sp.call(messages.StopVm(vm_id=vm_id))
+                driver.transmit(tpm.startup())
+            sp.call(end(vm_id=vm_id))
             sp.call(messages.StartVm(vm_id=vm_id))
+        sp.destroy(vm_id)
         counts.append(descriptors() - without)
-        sp.call(messages.DecommissionVm(vm_id=vm_id))
     assert sum(counts[1:]) <= 4, f"spare workers may come and go, interfaces must not stay: {counts}"
 
 

@@ -1,32 +1,38 @@
-"""Commands on VMs that must be all or nothing: without a key, without room, many at once, over a zygote that dies."""
+"""Commands on VMs that must be all or nothing: without an owner, without room, many at once, over a zygote that dies."""
 
 from __future__ import annotations
 
-import resource
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from spvtpm.guest.vm_key import create_vm_key
-from spvtpm.wire import crb, messages
+from spvtpm.wire import messages
 from spvtpm.wire.errors import (
     AlreadyExists,
     InterfaceError,
     NotFound,
     ResourceError,
     SpvtpmError,
-    StorageError,
     WorkerError,
     WrongState,
 )
+from spvtpm.wire.owner_messages import (
+    DestroyVm,
+    Done,
+    ExportVtpm,
+    ListMine,
+    MyVms,
+    OwnerRequest,
+    RotateUserSecret,
+)
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
-from tests.processor.processes import Doomed, descendants, wait_until
+from tests.owner import Owner
+from tests.processor.processes import Doomed, descendants, full_disk, wait_until
 
 NV_INDEX = 0x01500019
 
@@ -62,72 +68,84 @@ def outcomes(attempts: Sequence[Callable[[], object]]) -> list[str]:
 
 
 @pytest.mark.claim("C2")
-def test_a_vm_whose_key_is_not_known_gets_no_vtpm_and_leaves_no_trace(sp: RunningSp) -> None:
+@pytest.mark.claim("C3")
+def test_a_vm_that_no_owner_provisioned_gets_nothing_and_one_that_was_gets_a_vtpm_in_its_boot(sp: RunningSp) -> None:
     vm_id = uuid.uuid4()
-    with pytest.raises(StorageError, match=f"{vm_id}.key"):
-        sp.call(messages.LaunchVm(vm_id=vm_id))
+    for request in (messages.LaunchVm, messages.CreateVtpm, messages.StartVm, messages.HibernateVm):
+        with pytest.raises(NotFound):
+            sp.call(request(vm_id=vm_id))
     assert listed(sp) == []
     assert not sp.interface(vm_id).exists()
 
+    vm_id = sp.new_vm()
+    for request in (messages.CreateVtpm, messages.StartVm, messages.ResetVm, messages.HibernateVm):
+        with pytest.raises(WrongState):
+            sp.call(request(vm_id=vm_id))
+    assert (sp.vm(vm_id).state, sp.vm(vm_id).boots, sp.vm(vm_id).vtpm) == ("stopped", 0, None)
+    assert not sp.interface(vm_id).exists()
+
     assert sp.info(messages.LaunchVm(vm_id=vm_id, with_vtpm=False)).vtpm is None
-    with pytest.raises(StorageError, match=f"{vm_id}.key"):
-        sp.call(messages.CreateVtpm(vm_id=vm_id))
-    assert sp.vm(vm_id).vtpm is None
-    create_vm_key(sp.key_path(vm_id))
     assert sp.info(messages.CreateVtpm(vm_id=vm_id)).vtpm is not None
 
 
 @pytest.mark.attack("A23")
-def test_a_full_secure_processor_says_so_and_has_room_again_after_a_decommission(state_directory: Path) -> None:
+def test_a_full_secure_processor_says_so_and_has_room_again_after_a_destruction(state_directory: Path) -> None:
     with RunningSp(state_directory, "max_vms = 3\n") as sp:
-        vms = [sp.launch() for _ in range(3)]
-        for with_vtpm in (True, False):
-            with pytest.raises(ResourceError, match="3 VMs at most"):
-                sp.call(messages.LaunchVm(vm_id=sp.new_vm(), with_vtpm=with_vtpm))
+        vms = [sp.launch(), sp.launch(), sp.new_vm()]
+        with sp.channel(Owner()) as channel, pytest.raises(ResourceError, match="3 VMs at most"):
+            channel.provision(uuid.uuid4(), bytes(32))
         assert listed(sp) == sorted(vms)
-        sp.call(messages.DecommissionVm(vm_id=vms[0]))
+        sp.destroy(vms[0])
         vms[0] = sp.launch()
         assert listed(sp) == sorted(vms)
-
-
-@contextmanager
-def full_disk(sp: RunningSp) -> Iterator[None]:
-    """The daemon cannot write its log beyond what an interface's memory, a file too, needs; and the log has come that far."""
-    for _ in range(40):
-        sp.call(messages.DecommissionVm(vm_id=sp.launch()))
-    resource.prlimit(sp.process.pid, resource.RLIMIT_FSIZE, (crb.MEMORY_BYTES, resource.RLIM_INFINITY))
-    yield
-    resource.prlimit(sp.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 @pytest.mark.attack("A23")
 @pytest.mark.attack("A16")
 def test_on_a_full_disk_nothing_is_made_half_and_the_same_command_works_once_there_is_room(sp: RunningSp) -> None:
-    bare = sp.new_vm()
+    bare, new = sp.new_vm(), sp.new_vm()
     sp.call(messages.LaunchVm(vm_id=bare, with_vtpm=False))
-    stopped = sp.launch()
+    stopped, asleep, parked = sp.launch(), sp.launch(), sp.launch()
     sp.call(messages.StopVm(vm_id=stopped))
-    new = sp.new_vm()
+    sp.call(messages.HibernateVm(vm_id=asleep))
+    sp.call(messages.ParkVtpm(vm_id=parked))
     refused: list[messages.Request] = [
         messages.LaunchVm(vm_id=new),
         messages.LaunchVm(vm_id=new, with_vtpm=False),
         messages.CreateVtpm(vm_id=bare),
         messages.StartVm(vm_id=stopped),
+        messages.StartVm(vm_id=asleep),
+        messages.HibernateVm(vm_id=parked),
+    ]
+    not_for_the_owner: list[OwnerRequest] = [
+        sp.owner.provision(uuid.uuid4(), bytes(32)),
+        ExportVtpm(vm_id=stopped),
+        ExportVtpm(vm_id=asleep),
+        DestroyVm(vm_id=bare),
+        DestroyVm(vm_id=asleep),
+        RotateUserSecret(user_secret=bytes(32)),
     ]
     before = sp.call(messages.ListVms())
-    with full_disk(sp):
+    with full_disk(sp), sp.channel() as channel:
         for request in refused:
             with pytest.raises(ResourceError):
                 sp.call(request)
             assert sp.call(messages.ListVms()) == before
             assert not sp.interface(new).exists()
+        mine = channel.ask(ListMine(), MyVms)
+        for asked in not_for_the_owner:
+            with pytest.raises(ResourceError):
+                channel.ask(asked, Done)
+            assert channel.ask(ListMine(), MyVms) == mine
+        assert sp.call(messages.ListVms()) == before
 
-    for request in (refused[0], *refused[2:]):
+    for request in (refused[0], *refused[2:5]):
         vm = sp.info(request)
         assert (vm.state, vm.vtpm.residency if vm.vtpm else "") == ("running", "active")
+    assert sp.info(refused[5]).state == "hibernated"
     sp.kill()
     sp.start()
-    assert listed(sp) == sorted([bare, stopped, new])
+    assert listed(sp) == sorted([bare, stopped, asleep, parked, new])
 
 
 @pytest.mark.claim("C5")
@@ -157,19 +175,26 @@ def test_a_guests_write_to_a_full_disk_is_not_acknowledged_and_nothing_earlier_i
 
 @pytest.mark.attack("A10")
 def test_of_many_commands_on_one_vm_at_once_one_is_carried_out(sp: RunningSp) -> None:
-    vm_id = sp.new_vm()
-    steps: list[tuple[messages.Request, type[SpvtpmError]]] = [
-        (messages.LaunchVm(vm_id=vm_id), AlreadyExists),
-        (messages.ParkVtpm(vm_id=vm_id), WrongState),
-        (messages.WakeVtpm(vm_id=vm_id), WrongState),
-        (messages.DestroyVtpm(vm_id=vm_id), WrongState),
-        (messages.StopVm(vm_id=vm_id), WrongState),
-        (messages.StartVm(vm_id=vm_id), WrongState),
-        (messages.CreateVtpm(vm_id=vm_id), AlreadyExists),
-        (messages.DecommissionVm(vm_id=vm_id), NotFound),
+    vm_id, key = uuid.uuid4(), bytes(32)
+
+    def provision() -> None:
+        with sp.channel() as channel:
+            channel.provision(vm_id, key)
+
+    steps: list[tuple[Callable[[], object], type[SpvtpmError]]] = [
+        (provision, AlreadyExists),
+        (partial(sp.call, messages.LaunchVm(vm_id=vm_id, with_vtpm=False)), AlreadyExists),
+        (partial(sp.call, messages.CreateVtpm(vm_id=vm_id)), AlreadyExists),
+        (partial(sp.call, messages.ParkVtpm(vm_id=vm_id)), WrongState),
+        (partial(sp.call, messages.WakeVtpm(vm_id=vm_id)), WrongState),
+        (partial(sp.call, messages.StopVm(vm_id=vm_id)), WrongState),
+        (partial(sp.call, messages.StartVm(vm_id=vm_id)), WrongState),
+        (partial(sp.call, messages.HibernateVm(vm_id=vm_id)), WrongState),
+        (partial(sp.call, messages.StartVm(vm_id=vm_id)), WrongState),
+        (partial(sp.destroy, vm_id), NotFound),
     ]
-    for request, refusal in steps:
-        assert outcomes([partial(sp.call, request)] * 6) == sorted([refusal.__name__] * 5 + ["done"]), request
+    for number, (step, refusal) in enumerate(steps):
+        assert outcomes([step] * 6) == sorted([refusal.__name__] * 5 + ["done"]), number
 
 
 @pytest.mark.claim("C2")

@@ -1,13 +1,13 @@
-"""A real secure processor driven at random through its hypervisor and its guests, against a simple model."""
+"""A real secure processor driven at random by owner, hypervisor and guests, against a simple model."""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from spvtpm.guest.crb_driver import CrbDriver
 from spvtpm.guest.memory import InterfaceMemory
-from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import messages
 from spvtpm.wire.errors import AlreadyExists, InterfaceError, NotFound, SpvtpmError, WorkerError, WrongState
 from tests import tpm_commands as tpm
@@ -25,7 +24,7 @@ from tests.harness import RunningSp
 from tests.processor.processes import Doomed, wait_until, worker_of
 
 pytestmark = [
-    *(pytest.mark.claim(number) for number in ("C1", "C2", "C3", "C5")),
+    *(pytest.mark.claim(number) for number in ("C1", "C2", "C3", "C5", "C6b")),
     *(pytest.mark.attack(number) for number in ("A13", "A16", "A22")),
 ]
 
@@ -39,17 +38,17 @@ PCR = 16  # one that starts as zeros
 class Vm:
     """What must be true of one VM; without a state it has no security block, without a residency no vTPM."""
 
-    vm_id: uuid.UUID
+    vm_id: uuid.UUID = field(default_factory=uuid.uuid4)
     state: str = ""
     boots: int = 0
     residency: str = ""
     vtpm_id: uuid.UUID | None = None
-    lost_vtpm: bool = False  # in this boot: another one would be a PCR reset under a running guest
     started: bool = False
     pcr: bytes = bytes(32)
     nv: bytes | None = None
 
-    def forget_vtpm(self) -> None:
+    def destroy(self) -> None:
+        self.state, self.boots = "", 0
         self.residency, self.vtpm_id, self.nv = "", None, None
         self.end_boot()
 
@@ -59,10 +58,10 @@ class Vm:
             self.residency = "off"
 
     def begin_boot(self) -> None:
-        self.end_boot()
+        if self.state != "hibernated":
+            self.end_boot()
         self.state = "running"
         self.boots += 1
-        self.lost_vtpm = False
         if self.residency:
             self.residency = "active"
 
@@ -77,7 +76,7 @@ class SecureProcessorModel(RuleBasedStateMachine):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory(prefix="spvtpm-")
         self.sp = RunningSp(Path(self.directory.name) / "sp", NEVER_PARKS)
-        self.vms = [Vm(self.sp.new_vm()) for _ in range(3)]
+        self.vms = [Vm() for _ in range(3)]
 
     def teardown(self) -> None:
         try:
@@ -87,28 +86,48 @@ class SecureProcessorModel(RuleBasedStateMachine):
             self.sp.kill()
             self.directory.cleanup()
 
-    def _told(self, request: messages.Request, refusal: type[SpvtpmError] | None) -> bool:
+    def _done(self, command: Callable[[], object], refusal: type[SpvtpmError] | None) -> bool:
         """Gives a command; it must be refused just so, or carried out. Returns whether it was."""
         if refusal is None:
-            self.sp.call(request)
+            command()
             return True
         with pytest.raises(SpvtpmError) as refused:
-            self.sp.call(request)
+            command()
         assert type(refused.value) is refusal, refused.value
         return False
 
-    # The hypervisor
+    def _told(self, request: messages.Request, refusal: type[SpvtpmError] | None) -> bool:
+        return self._done(lambda: self.sp.call(request), refusal)
+
+    # The owner
 
     @initialize(with_vtpm=st.booleans())
-    def begin_with_one_vm(self, with_vtpm: bool) -> None:
-        self.launch(0, True)
-        self.launch(1, with_vtpm)
+    def begin_with_two_vms(self, with_vtpm: bool) -> None:
+        for slot in (0, 1):
+            self.provision(slot)
+            self.launch(slot, with_vtpm or not slot)
+
+    @rule(slot=slots)
+    def provision(self, slot: int) -> None:
+        vm = self.vms[slot]
+        with self.sp.channel() as channel:
+            key = self.sp.key(vm.vm_id)
+            if self._done(lambda: channel.provision(vm.vm_id, key), AlreadyExists if vm.state else None):
+                vm.state = "stopped"
+
+    @rule(slot=slots)
+    def destroy(self, slot: int) -> None:
+        vm = self.vms[slot]
+        if self._done(lambda: self.sp.destroy(vm.vm_id), None if vm.state else NotFound):
+            vm.destroy()
+
+    # The hypervisor
 
     @rule(slot=slots, with_vtpm=st.booleans())
     def launch(self, slot: int, with_vtpm: bool) -> None:
         vm = self.vms[slot]
         request = messages.LaunchVm(vm_id=vm.vm_id, with_vtpm=with_vtpm)
-        if self._told(request, AlreadyExists if vm.state else None):
+        if self._told(request, NotFound if not vm.state else AlreadyExists if vm.boots else None):
             vm.residency = "off" if with_vtpm else ""
             vm.begin_boot()
 
@@ -121,7 +140,7 @@ class SecureProcessorModel(RuleBasedStateMachine):
             else AlreadyExists
             if vm.residency
             else WrongState
-            if vm.state != "running" or vm.lost_vtpm
+            if vm.state != "running"
             else None
         )
         if self._told(messages.CreateVtpm(vm_id=vm.vm_id), refusal):
@@ -130,21 +149,22 @@ class SecureProcessorModel(RuleBasedStateMachine):
     @rule(slot=slots)
     def start(self, slot: int) -> None:
         vm = self.vms[slot]
-        refusal = NotFound if not vm.state else WrongState if vm.state != "stopped" else None
+        at_rest = vm.state in ("stopped", "hibernated")
+        refusal = NotFound if not vm.state else None if at_rest and vm.boots else WrongState
         if self._told(messages.StartVm(vm_id=vm.vm_id), refusal):
             vm.begin_boot()
 
     @rule(slot=slots)
     def reset(self, slot: int) -> None:
         vm = self.vms[slot]
-        refusal = NotFound if not vm.state else WrongState if vm.state == "stopped" else None
+        refusal = NotFound if not vm.state else WrongState if vm.state in ("stopped", "hibernated") else None
         if self._told(messages.ResetVm(vm_id=vm.vm_id), refusal):
             vm.begin_boot()
 
     @rule(slot=slots)
     def stop(self, slot: int) -> None:
         vm = self.vms[slot]
-        refusal = NotFound if not vm.state else WrongState if vm.state == "stopped" else None
+        refusal = NotFound if not vm.state else WrongState if vm.state in ("stopped", "hibernated") else None
         if self._told(messages.StopVm(vm_id=vm.vm_id), refusal):
             vm.state = "stopped"
             vm.end_boot()
@@ -164,19 +184,12 @@ class SecureProcessorModel(RuleBasedStateMachine):
             vm.residency = "active"
 
     @rule(slot=slots)
-    def destroy_vtpm(self, slot: int) -> None:
+    def hibernate(self, slot: int) -> None:
         vm = self.vms[slot]
-        refusal = NotFound if not vm.state else WrongState if not vm.residency else None
-        if self._told(messages.DestroyVtpm(vm_id=vm.vm_id), refusal):
-            vm.forget_vtpm()
-            vm.lost_vtpm = vm.state != "stopped"
-
-    @rule(slot=slots)
-    def decommission(self, slot: int) -> None:
-        vm = self.vms[slot]
-        if self._told(messages.DecommissionVm(vm_id=vm.vm_id), None if vm.state else NotFound):
-            vm.forget_vtpm()
-            vm.state, vm.boots = "", 0
+        asleep = vm.state == "running" and bool(vm.residency)
+        refusal = NotFound if not vm.state else None if asleep else WrongState
+        if self._told(messages.HibernateVm(vm_id=vm.vm_id), refusal):
+            vm.state, vm.residency = "hibernated", "off"
 
     # The guests
 
@@ -240,7 +253,7 @@ class SecureProcessorModel(RuleBasedStateMachine):
             Doomed(worker_of(self.sp.process.pid, memory.descriptors.memory)).kill()
             yield memory
 
-    @rule(slot=slots, then=st.sampled_from(["transmit", "park", "stop", "reset"]))
+    @rule(slot=slots, then=st.sampled_from(["transmit", "park", "hibernate", "stop", "reset", "destroy"]))
     def kill_worker(self, slot: int, then: str) -> None:
         vm = self.vms[slot]
         if vm.residency != "active":
@@ -249,12 +262,13 @@ class SecureProcessorModel(RuleBasedStateMachine):
             if then == "transmit":
                 wait_until(lambda: self.sp.vm(vm.vm_id).state == "failed")
                 with pytest.raises(InterfaceError, match="has failed"):
-                    CrbDriver(memory, read_vm_key(self.sp.key_path(vm.vm_id))).transmit(tpm.pcr_read(PCR))
-            elif then == "park":
+                    CrbDriver(memory, self.sp.key(vm.vm_id)).transmit(tpm.pcr_read(PCR))
+            elif then in ("park", "hibernate"):
+                request = messages.ParkVtpm if then == "park" else messages.HibernateVm
                 with pytest.raises((WorkerError, WrongState)):
-                    self.sp.call(messages.ParkVtpm(vm_id=vm.vm_id))
+                    self.sp.call(request(vm_id=vm.vm_id))
         vm.residency = vm.state = "failed"
-        if then in ("stop", "reset"):  # a command that meets the death before anybody has seen it
+        if then in ("stop", "reset", "destroy"):  # a command that meets the death before anybody has seen it
             getattr(self, then)(slot)
         for other in self.vms:
             if other is not vm:
@@ -268,7 +282,7 @@ class SecureProcessorModel(RuleBasedStateMachine):
             assert self.sp.stop() == 0
         self.sp.start()
         for vm in self.vms:
-            if vm.state:
+            if vm.state not in ("", "hibernated"):
                 vm.state = "stopped"
                 vm.end_boot()
 
