@@ -210,3 +210,14 @@ def test_the_keyring_lies_where_xdg_says_or_where_it_is_told(owner: Owner) -> No
     command = [sys.executable, "-m", "spvtpm.cli", "terminal", "init"]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
     assert (owner.home / "data/spvtpm/keyring").exists()
+
+
+@pytest.mark.attack("A24")
+def test_a_command_that_has_opened_the_keyring_leaves_no_core_dump(owner: Owner) -> None:
+    owner.done("init", "--keyring", owner.home / "own")
+    program = (
+        "import pathlib, resource; from spvtpm.cli.terminal_parts import Own;"
+        f"Own(pathlib.Path({str(owner.home / 'own')!r})).open(); print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "(0, 0)\n", done.stderr

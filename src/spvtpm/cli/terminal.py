@@ -230,10 +230,7 @@ def rotate_secret(
     same
         Give out the newest secret that is there: for the next secure processor, or after a rotation that was broken off.
     """
-    desk = towards.desk(own)
-    with desk.keyring.moving():
-        secret = desk.keyring.content.user_secrets[0] if same else desk.keyring.add_user_secret()
-        print(f"{desk.rotate(secret)} VMs have the new secret")
+    print(f"{towards.desk(own).rotate(same=same)} VMs have the new secret")
 
 
 @terminal_app.command(name="list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import resource
 import sys
 import uuid
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ Vtpm = Annotated[
 
 
 @Parameter(name="*")
-@dataclass
+@dataclass(frozen=True)
 class Own:
     """Where the owner's keyring is.
 
@@ -56,8 +57,10 @@ class Own:
         return (base if base.is_absolute() else Path.home() / ".local" / "share") / "spvtpm"
 
     def open(self) -> Keyring:
+        """The keyring. From now on this process leaves no core dump, in which its secrets would be."""
         from spvtpm.terminal.keyring import Keyring
 
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         return Keyring.open(self.directory(), self.passphrase)
 
     def passphrase(self) -> bytes:
@@ -69,7 +72,7 @@ class Own:
 
 
 @Parameter(name="*")
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Towards:
     """Which secure processor, and what it has to be.
 

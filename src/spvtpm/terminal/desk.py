@@ -111,14 +111,18 @@ class Desk:
                 newest = self._newest(vm.vtpm_id, vm.version)
                 self.keyring.remember(Known(vm.vtpm_id, vm_id, vm.label, newest, Destroyed()))
 
-    def rotate(self, user_secret: bytes) -> int:
-        """Gives all this owner's VMs there this `UserSecret`, which is in the keyring already; how many have it now.
+    def rotate(self, *, same: bool = False) -> int:
+        """Gives all this owner's VMs there another `UserSecret`; how many have it now.
+
+        Args:
+            same: give them the newest that there is, rather than a new one.
 
         Raises:
-            SpvtpmError: the SP's refusal, or the channel broke. Then none of them has it, or all of them.
+            SpvtpmError: the SP's refusal, or the channel broke. Then none of them has it, or all of them; the keyring has it.
         """
-        with self.connect() as session:
-            return session.rotate(user_secret)
+        with self.keyring.moving(), self.connect() as session:
+            secret = self.keyring.content.user_secrets[0] if same else self.keyring.add_user_secret()
+            return session.rotate(secret)
 
     def list_mine(self) -> list[MyVm]:
         """This owner's VMs there; the keyring remembers what their vTPMs are and where they live.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,7 @@ class Keyring:
         with locked(self.directory / _MOVES):
             yield
 
-    def known(self, vtpm_id: object) -> Known | None:
+    def known(self, vtpm_id: uuid.UUID) -> Known | None:
         """What is remembered of a vTPM."""
         return next((known for known in self.content.vtpms if known.vtpm_id == vtpm_id), None)
 
@@ -167,7 +168,7 @@ class Keyring:
         if new:
             self.update(change)
 
-    def forget(self, vtpm_id: object) -> bool:
+    def forget(self, vtpm_id: uuid.UUID) -> bool:
         """Drops what is remembered of a vTPM; whether there was anything."""
         before = self.known(vtpm_id)
         self.update(
