@@ -122,9 +122,9 @@ def test_from_the_first_keyring_to_the_last_file(owner: Owner) -> None:
     assert (told["vtpm_id"], told["version"], told["hibernated"]) == (listed["vtpm_id"], 1, False)
     assert owner.done("fate", listed["vtpm_id"], at=0).stdout == f"vTPM {listed['vtpm_id']}: exported, version 1\n"
 
-    assert owner.done("rotate-secret", at=1).stdout == "0 VMs have the new secret\n"
+    assert owner.done("rotate-secret", at=1).stdout == "VMs that have the new secret: 0\n"
     owner.done("provision", owner.vm, "--vm-key", owner.key, "--import", "web.instance", at=1)
-    assert owner.done("rotate-secret", "--same", at=1).stdout == "1 VMs have the new secret\n"
+    assert owner.done("rotate-secret", "--same", at=1).stdout == "VMs that have the new secret: 1\n"
     owner.boot(1, messages.LaunchVm)
     assert "needs" not in owner.refused(2, "destroy", owner.vm, *owner.at(1))
     owner.done("destroy", owner.vm, "--yes", at=1)

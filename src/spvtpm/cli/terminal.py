@@ -230,7 +230,7 @@ def rotate_secret(
     same
         Give out the newest secret that is there: for the next secure processor, or after a rotation that was broken off.
     """
-    print(f"{towards.desk(own).rotate(same=same)} VMs have the new secret")
+    print(f"VMs that have the new secret: {towards.desk(own).rotate(same=same)}")
 
 
 @terminal_app.command(name="list")
