@@ -121,7 +121,7 @@ class NotFound(PolicyError):
     """No such VM or vTPM."""
 
     code = "not-found"
-    hint = "List what exists: `spvtpm hypervisor list` for the host, `spvtpm terminal list` for an owner."
+    hint = "List what exists: `spvtpm hypervisor list`, or `spvtpm terminal list`. A VM is there once its owner provisions it."
 
 
 class ChipUnknown(PolicyError):
