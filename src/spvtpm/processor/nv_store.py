@@ -251,6 +251,10 @@ class NvStore:
         """How many there have been: it grows whenever something is written."""
         return self._versions[_ROOT]
 
+    def version(self, name: str) -> int:
+        """The number of the transaction that wrote the record last; 0 if there is no such record."""
+        return self._versions.get(name, 0)
+
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""
         return sorted(name for name in list(self._versions) if name.startswith(prefix))
