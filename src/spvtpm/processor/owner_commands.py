@@ -114,6 +114,8 @@ class Estate:
         if block.vtpm_id is None:
             await self.guard.milestone([removal])
         else:
+            turn.verify_current()
+            await self.vtpms.get(block.vtpm_id).abandon()  # ahead of the ledger's lock: one that hangs keeps no other waiting
             async with self.ledger.lock:
                 turn.verify_current()
                 changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
@@ -187,7 +189,7 @@ class OwnerCommands:
             rotated = [block.rotate(user_secret) for block in self._mine() if block.vm_id in held]
             await self._estate.guard.milestone([block_change(block) for block in rotated])
             for block in rotated:
-                table.put(block)
+                table.put(table.get(block.vm_id).rotate(user_secret))  # its vTPM may have died meanwhile
         return Rotated(vms=len(rotated))
 
     def list(self, after: uuid.UUID | None) -> MyVms:
