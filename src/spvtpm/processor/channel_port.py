@@ -151,8 +151,11 @@ class ChannelPort:
                     async for answer in session.answers(message):
                         channel.send(answer)
                         await relay.send(*channel.frames())
-                async with asyncio.timeout(_IDLE_S):
-                    messages = channel.receive(await relay.receive())
+                    await asyncio.sleep(0)  # who sends a thousand at once waits for the others in between
+                messages = []
+                async with asyncio.timeout(_IDLE_S):  # for a whole message: what is held back is not kept fresh by drops of it
+                    while not messages:
+                        messages = channel.receive(await relay.receive())
         except (PeerError, TimeoutError) as error:
             log.info("a channel ended: %s", error or "it fell silent")
         finally:
