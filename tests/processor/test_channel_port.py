@@ -1,4 +1,4 @@
-"""Who speaks through a channel, and how, does not decide over what others get. The port alone, in front of a session that counts."""
+"""Who speaks through a channel, and how, does not decide over what others get. The port alone, before a session that counts."""
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ class Scene:
         self.may_commit.set()
         self.refusal: StorageError | None = None
         self.table = VmTable(10)
-        services: Any = type("Services", (), {"store": self.store, "parking": ParkingLot()})  # no vTPM is powered on here
+        services: Any = type(
+            "Services", (), {"store": self.store, "parking": ParkingLot()}
+        )  # no vTPM is powered on here
         self.vtpms = VtpmManager(services, 60.0)
         self._commit = GroupCommit(self.store).commit
         guard = RollbackGuard(self.store, self.commit, FileCounter(directory / "counter"))
