@@ -153,9 +153,8 @@ class ChannelPort:
                         await relay.send(*channel.frames())
                     await asyncio.sleep(0)  # who sends a thousand at once waits for the others in between
                 messages = []
-                async with asyncio.timeout(
-                    _IDLE_S
-                ):  # for a whole message: what is held back is not kept fresh by drops of it
+                # For a whole message: what is held back is not kept fresh by drops of it.
+                async with asyncio.timeout(_IDLE_S):
                     while not messages:
                         messages = channel.receive(await relay.receive())
         except (PeerError, TimeoutError) as error:

@@ -115,9 +115,8 @@ class Estate:
             await self.guard.milestone([removal])
         else:
             turn.verify_current()
-            await self.vtpms.get(
-                block.vtpm_id
-            ).abandon()  # ahead of the ledger's lock: one that hangs keeps no other waiting
+            # Ahead of the ledger's lock: one that hangs keeps no other owner waiting.
+            await self.vtpms.get(block.vtpm_id).abandon()
             async with self.ledger.lock:
                 turn.verify_current()
                 changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
