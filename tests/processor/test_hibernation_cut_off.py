@@ -31,7 +31,9 @@ class Scene:
 
 
 @pytest.mark.attack("A30")
-def test_whoever_is_cut_off_while_it_becomes_durable_leaves_nothing_that_goes_on_beside_it(state_directory: Path) -> None:
+def test_whoever_is_cut_off_while_it_becomes_durable_leaves_nothing_that_goes_on_beside_it(
+    state_directory: Path,
+) -> None:
     async def act() -> None:
         scene = Scene(state_directory.parent)
         saving = asyncio.Event()
