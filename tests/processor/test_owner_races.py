@@ -51,7 +51,8 @@ class Scene:
         )  # no vTPM is powered on here
         self.vtpms = VtpmManager(services, 60.0)
         self._commit = GroupCommit(self.store).commit
-        guard = RollbackGuard(self.store, self.commit, FileCounter(directory / "counter"))
+        self.counter = FileCounter(directory / "counter")
+        guard = RollbackGuard(self.store, self.commit, self.counter)
         secret = SpSecret(FLEET, 1, SP)
         self.estate = Estate(self.store, guard, self.table, self.vtpms, Ledger(self.store), bytes(16), 1, secret)
         self.hypervisor = SecurityManager(self.store, self.commit, guard, self.table, self.vtpms)
@@ -155,6 +156,18 @@ def test_a_vtpm_that_dies_while_its_secret_is_rotated_has_failed(tmp_path: Path)
         now = scene.table.get(block.vm_id)
         assert (now.state, now.ownership.user_secret) == (VmState.FAILED, b"v" * 32)
         assert [event.what for event in now.events] == ["failed", "secret-rotated"]
+
+    play(tmp_path, act)
+
+
+@pytest.mark.attack("A23")
+def test_an_owner_who_has_nothing_here_does_not_wear_the_chips_counter(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.add()
+        assert (await scene.commands(OTHER).rotate(b"v" * 32)).vms == 0
+        assert scene.counter.read() == 0
+        assert (await scene.commands().rotate(b"v" * 32)).vms == 1
+        assert scene.counter.read() == 1
 
     play(tmp_path, act)
 
