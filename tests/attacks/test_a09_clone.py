@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import uuid
+from contextlib import closing
 
 import pytest
 
 from spvtpm.wire import messages
-from spvtpm.wire.errors import SpvtpmError, StaleInstance
+from spvtpm.wire.errors import IntegrityError, SpvtpmError, StaleInstance
+from spvtpm.wire.instance_file import parse_instance_header
+from spvtpm.wire.owner_messages import AskFate, Fate
 from tests.guests_view import find_traces, stopped_with_traces
 from tests.harness import RunningSp
 
@@ -38,6 +42,30 @@ def test_a_file_is_refused_while_its_vtpm_lives(sp: RunningSp) -> None:
         sp.info(messages.StartVm(vm_id=vm_id))
         with pytest.raises(StaleInstance, match="lives in this secure processor"):
             channel.bring(uuid.uuid4(), bytes(32), file)
+
+
+def test_a_vtpm_whose_block_is_damaged_for_a_while_is_never_said_to_be_unknown(sp: RunningSp) -> None:
+    """An owner who has missed the answer to his import asks. If he were told that it never came, he would import elsewhere."""
+    vm_id, _traces = stopped_with_traces(sp)
+    with sp.channel() as channel:
+        file = channel.export(vm_id)
+        channel.bring(vm_id, sp.key(vm_id), file)
+    vtpm_id = parse_instance_header(file).vtpm_id
+    sp.stop()
+    with closing(sqlite3.connect(sp.state / "nv.db")) as database, database:
+        row = f"vmsb/{vm_id}"
+        (genuine,) = database.execute("SELECT sealed FROM records WHERE name = ?", (row,)).fetchone()
+        database.execute("UPDATE records SET sealed = ? WHERE name = ?", (genuine[:-1] + b"?", row))
+    sp.start()
+    with sp.channel() as channel, pytest.raises(IntegrityError, match="is here"):
+        channel.ask(AskFate(vtpm_id=vtpm_id), Fate)
+    with sp.channel() as channel:
+        assert channel.ask(AskFate(vtpm_id=uuid.uuid4()), Fate).state == "unknown"
+    sp.stop()
+    with closing(sqlite3.connect(sp.state / "nv.db")) as database, database:
+        database.execute("UPDATE records SET sealed = ? WHERE name = ?", (genuine, row))
+    sp.start()
+    sp.info(messages.LaunchVm(vm_id=vm_id))
 
 
 def test_of_many_imports_of_one_file_at_once_one_succeeds(sp: RunningSp) -> None:

@@ -26,6 +26,7 @@ from spvtpm.wire.errors import (
 )
 from spvtpm.wire.instance_file import parse_instance_header
 from spvtpm.wire.owner_messages import (
+    PAGE_MY_VMS,
     AcknowledgeExport,
     Done,
     ExportVtpm,
@@ -312,7 +313,7 @@ def test_a_new_secret_is_that_of_all_the_owners_vms_and_opens_what_is_exported_f
 
 
 def test_an_owner_lists_all_his_vms_page_by_page_and_nobody_elses(sp: RunningSp) -> None:
-    mine = sorted(sp.new_vm() for _ in range(70))
+    mine = sorted(sp.new_vm() for _ in range(PAGE_MY_VMS + 6))
     with sp.channel(Owner()) as channel:
         channel.provision(uuid.uuid4(), bytes(32))
         assert len(channel.ask(ListMine(), MyVms).vms) == 1

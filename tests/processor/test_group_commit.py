@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,4 +90,32 @@ def test_a_slow_disk_is_the_threads(path: Path) -> None:
     store._typical_s = 0.0
     assert store.commit_at_once([("vtpm/a", b"x")])
     assert store.read("vtpm/a") == b"x"
+    store.close()
+
+
+@pytest.mark.attack("A16")
+def test_a_commit_that_the_writer_has_taken_up_is_not_overtaken_by_one_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the last commit of a worker that was killed would come back after its vTPM was destroyed."""
+    store = NvStore(path, ROOT_KEY)
+    store._typical_s = 0.0
+    taken, may_write = threading.Event(), threading.Event()
+    write = store._write_batch
+
+    def pause(batch: list[Any]) -> None:
+        taken.set()
+        may_write.wait(30)
+        write(batch)
+
+    monkeypatch.setattr(store, "_write_batch", pause)
+    written = store.commit([("vtpm/a", b"state")])
+    taken.wait(30)
+    overtook = store.commit_at_once([("vtpm/a", None)])
+    removed = None if overtook else store.commit([("vtpm/a", None)])
+    may_write.set()
+    written.result(30)
+    if removed is not None:
+        removed.result(30)
+    assert "vtpm/a" not in store
     store.close()

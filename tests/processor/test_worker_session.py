@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from spvtpm.processor.worker.messages import (
@@ -31,6 +33,7 @@ from spvtpm.processor.worker_pool import Worker
 from spvtpm.processor.worker_session import WorkerSession
 from spvtpm.wire.errors import WorkerError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.messages import VmInfo, VmList, VtpmInfo, encode_message, parse_reply
 
 pytestmark = pytest.mark.attack("A22")
 
@@ -123,6 +126,17 @@ def test_last_words_that_nobody_asked_for_are_told_as_they_are() -> None:
         await scene.say(Failed("libtpms cannot go on"))
         scene.theirs.close()
         assert await scene.ended == "libtpms cannot go on"
+
+    play(act)
+
+
+def test_the_reason_for_which_a_worker_ends_fits_what_the_hypervisor_reads() -> None:
+    async def act(scene: Scene) -> None:
+        nonsense = msgspec.msgpack.encode({"type": "Off", "\x1b[2J" + "long" * 10_000: 1})
+        await asyncio.get_running_loop().sock_sendall(scene.theirs, encode_frame(nonsense))
+        vtpm = VtpmInfo(uuid.uuid4(), "failed", "", False, await scene.ended)
+        listed = VmList([VmInfo(uuid.uuid4(), "failed", 1, vtpm)])
+        assert parse_reply(encode_message(listed)) == listed
 
     play(act)
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from spvtpm.terminal import keyring_file
 from spvtpm.terminal.keyring import Keyring, read_passphrase
 from spvtpm.terminal.keyring_file import (
+    MAX_VTPMS,
     Content,
     ListSeen,
     PassphraseKey,
@@ -367,3 +368,12 @@ def test_lists_of_several_vendors_stand_beside_each_other(keyring: Keyring) -> N
     for vendor in (papers(), new_papers("Another")):
         keyring.put_revocation_list(vendor.revocation_list().encode())
     assert len(keyring.revocation_lists()) == 2
+
+
+def test_a_keyring_is_never_written_longer_than_it_can_be_read(tmp_path: Path) -> None:
+    keyring = Keyring.create(tmp_path / "keyring")
+    secrets = keyring.content.user_secrets
+    many = [Known(uuid.uuid4(), uuid.uuid4(), "\U0001f510" * 256, 1, AtChip(CHIP)) for _ in range(MAX_VTPMS)]
+    with pytest.raises(ResourceError, match="room"):
+        keyring.remember(*many)
+    assert Keyring.open(tmp_path / "keyring", never).content.user_secrets == secrets

@@ -181,6 +181,8 @@ def test_what_answers_is_no_channel(tmp_path: Path, desk: Desk) -> None:
     keyring = desk.keyring
     with pytest.raises(NotRunning):
         Desk(keyring, tmp_path / "nobody").list_mine()
+    with pytest.raises(NotRunning):
+        Desk(keyring, tmp_path / ("long" * 100)).list_mine()
     noise = Relay(tmp_path / "noise", None, lambda _side, _number, _frame: [b"HTTP/1.1 400 Bad Request"])
     with noise, pytest.raises(PeerError):
         Desk(keyring, noise.path, timeout_s=30).list_mine()

@@ -25,6 +25,7 @@ from spvtpm.wire.errors import (
     SpvtpmError,
     StaleInstance,
     StorageError,
+    UsageError,
     WrongInstanceKeys,
     WrongState,
 )
@@ -84,6 +85,13 @@ def test_an_output_that_exists_or_cannot_be_is_refused_before_anything_is_asked(
         estate.export(vm_id, "none/file")
     assert (estate.directory / "mine").read_bytes() == b"mine"
     assert estate.export(vm_id, "afterwards").file.version == 1  # no version was used up
+
+
+def test_a_path_that_the_keyring_could_not_remember_is_refused_before_anything_is_asked(estate: Estate) -> None:
+    vm_id = estate.stopped_vm()
+    with pytest.raises(UsageError, match="no UTF-8"):
+        estate.export(vm_id, "\udcff")
+    assert estate.export(vm_id, "in-utf-8").file.version == 1  # no version was used up
 
 
 def test_a_vm_that_runs_is_not_exported(estate: Estate) -> None:
@@ -364,23 +372,30 @@ def test_an_export_whose_file_was_lost_after_the_acknowledgement_says_so(estate:
 
 def test_an_export_that_is_begun_again_elsewhere_takes_the_void_file_away(estate: Estate, tmp_path: Path) -> None:
     vm_id = estate.stopped_vm()
-    with Relay(tmp_path / "relay", estate.channel(), cut_acknowledgement) as relay, pytest.raises(ChannelError):
+    cut = cut_acknowledgement(estate, vm_id)
+    with Relay(tmp_path / "relay", estate.channel(), cut) as relay, pytest.raises(ChannelError):
         estate.export(vm_id, "void", channel=relay.path)
     assert (estate.directory / "void").exists()
     assert estate.export(vm_id, "other").file.version == 2
     assert not (estate.directory / "void").exists()
 
 
-def cut_acknowledgement(side: Side, number: int, frame: bytes) -> list[bytes]:
-    """Knock, introduction, two of the handshake and two requests go through; what comes behind does not."""
-    if side == "owner" and number > 5:
-        raise Cut
-    return [frame]
+def cut_acknowledgement(estate: Estate, vm_id: uuid.UUID) -> Hook:
+    """What the owner says goes through until he has the file."""
+
+    def hook(side: Side, _number: int, frame: bytes) -> list[bytes]:
+        places = [known.place for known in estate.keyring.content.vtpms if known.vm_id == vm_id]
+        if side == "owner" and any(isinstance(place, Exporting) for place in places):
+            raise Cut
+        return [frame]
+
+    return hook
 
 
 def test_an_export_is_finished_at_the_chip_where_it_was_begun(estate: Estate, tmp_path: Path) -> None:
     vm_id = estate.stopped_vm()
-    with Relay(tmp_path / "relay", estate.channel(), cut_acknowledgement) as relay, pytest.raises(ChannelError):
+    cut = cut_acknowledgement(estate, vm_id)
+    with Relay(tmp_path / "relay", estate.channel(), cut) as relay, pytest.raises(ChannelError):
         estate.export(vm_id, "where", channel=relay.path)
     with pytest.raises(NotFound, match="does not have the vTPM"):
         estate.export(vm_id, "where", chip=1)

@@ -151,8 +151,12 @@ class ChannelPort:
                     async for answer in session.answers(message):
                         channel.send(answer)
                         await relay.send(*channel.frames())
+                    await asyncio.sleep(0)  # who sends a thousand at once waits for the others in between
+                messages = []
+                # For a whole message: what is held back is not kept fresh by drops of it.
                 async with asyncio.timeout(_IDLE_S):
-                    messages = channel.receive(await relay.receive())
+                    while not messages:
+                        messages = channel.receive(await relay.receive())
         except (PeerError, TimeoutError) as error:
             log.info("a channel ended: %s", error or "it fell silent")
         finally:

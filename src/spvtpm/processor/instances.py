@@ -198,7 +198,8 @@ class Import:
             raise InstanceFileError("the instance file is longer than its owner announced")
         header = self._reader.feed(piece.data)
         if header is not None:
-            self._check_age(header)
+            async with self._estate.ledger.lock:  # a bucket is not read while it is written
+                self._check_age(header)
         return await self._take(self._reader.finish()) if not self._left else None
 
     def _check_age(self, header: InstanceHeader) -> None:
@@ -236,6 +237,6 @@ class Import:
             self._turn.verify_current()
             self._check_age(header)  # again: meanwhile another channel may have brought the same file
             async with estate.table.room_for(block):
-                await estate.guard.milestone([*changes, estate.ledger.change(header.vtpm_id, None)])
-                estate.vtpms.load(header.vtpm_id, block.vm_id)
+                with estate.vtpms.arriving(header.vtpm_id, block.vm_id):  # whoever lists VMs meanwhile looks at it
+                    await estate.guard.milestone([*changes, estate.ledger.change(header.vtpm_id, None)])
         return estate.view(block)

@@ -176,6 +176,8 @@ class NvStore:
             self._lengthen_log(path)
             undo.pop_all()
         self._queue: queue.SimpleQueue[tuple[Sequence[Change], Future[None]] | None] = queue.SimpleQueue()
+        self._last = Future[None]()  # of what was handed in last
+        self._last.set_result(None)
         self._turn = threading.Lock()
         self._typical_s = 2 * _QUICK_S
         self._thread = threading.Thread(target=self._write, name="nv-writer")
@@ -251,6 +253,10 @@ class NvStore:
         """How many there have been: it grows whenever something is written."""
         return self._versions[_ROOT]
 
+    def version(self, name: str) -> int:
+        """The number of the transaction that wrote the record last; 0 if there is no such record."""
+        return self._versions.get(name, 0)
+
     def names(self, prefix: str) -> list[str]:
         """The names of all records that begin with `prefix`, sorted."""
         return sorted(name for name in list(self._versions) if name.startswith(prefix))
@@ -284,6 +290,7 @@ class NvStore:
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # whoever stops waiting for it does not stop it
+        self._last = future
         self._queue.put((changes, future))
         return future
 
@@ -296,7 +303,8 @@ class NvStore:
         Raises:
             StorageError: it could not; the store is as it was.
         """
-        if self._typical_s > _QUICK_S or not self._queue.empty() or not self._turn.acquire(blocking=False):
+        # Not the queue: what the writer has taken out of it is not written yet, and must not be overtaken.
+        if self._typical_s > _QUICK_S or not self._last.done() or not self._turn.acquire(blocking=False):
             return False
         try:
             self._transact(changes)

@@ -19,7 +19,8 @@ from spvtpm.processor.security_block import Ownership, VmSecurityBlock
 from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.processor.vm_table import VmTable, block_change, block_removal
 from spvtpm.processor.vtpm_manager import VtpmManager
-from spvtpm.wire.errors import ChipNotAllowed, FirmwareTooOld, NotFound
+from spvtpm.processor.vtpm_records import record_name
+from spvtpm.wire.errors import ChipNotAllowed, FirmwareTooOld, IntegrityError, NotFound
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.owner_messages import (
@@ -113,6 +114,9 @@ class Estate:
         if block.vtpm_id is None:
             await self.guard.milestone([removal])
         else:
+            turn.verify_current()
+            # Ahead of the ledger's lock: one that hangs keeps no other owner waiting.
+            await self.vtpms.get(block.vtpm_id).abandon()
             async with self.ledger.lock:
                 turn.verify_current()
                 changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
@@ -184,9 +188,10 @@ class OwnerCommands:
             for vm_id in held:
                 await locks.enter_async_context(table.lock(vm_id))
             rotated = [block.rotate(user_secret) for block in self._mine() if block.vm_id in held]
-            await self._estate.guard.milestone([block_change(block) for block in rotated])
+            if rotated:  # a counter wears
+                await self._estate.guard.milestone([block_change(block) for block in rotated])
             for block in rotated:
-                table.put(block)
+                table.put(table.get(block.vm_id).rotate(user_secret))  # its vTPM may have died meanwhile
         return Rotated(vms=len(rotated))
 
     def list(self, after: uuid.UUID | None) -> MyVms:
@@ -201,16 +206,19 @@ class OwnerCommands:
         """What became of a vTPM here. No import or acknowledgement in an older channel changes it any more.
 
         Raises:
-            IntegrityError: the ledger is damaged.
+            IntegrityError: the ledger is damaged, or the vTPM is here and the block of its VM is.
         """
         async with self._estate.ledger.lock:  # an import under way in another channel is done, or refused afterwards
             self._turn.outdate_others()
             return self._fate(vtpm_id)
 
     def _fate(self, vtpm_id: uuid.UUID) -> Fate:
-        for block in self._mine():
-            if block.vtpm_id == vtpm_id:
-                return Fate(vtpm_id=vtpm_id, state="here", version=block.version)
+        bound = next((block for block in self._estate.table if block.vtpm_id == vtpm_id), None)
+        if bound is not None and bound.ownership.owner == self._owner:
+            return Fate(vtpm_id=vtpm_id, state="here", version=bound.version)
+        if bound is None and record_name(vtpm_id) in self._estate.store:
+            # With its block put right again it would live: whoever was told that it never came would give it a second life.
+            raise IntegrityError(f"vTPM {vtpm_id} is here, but the security block of its VM is damaged")
         entry = self._estate.ledger.find(vtpm_id)
         if entry is None or entry.owner != self._owner:
             return Fate(vtpm_id=vtpm_id, state="unknown", version=0)

@@ -64,24 +64,31 @@ class RollbackGuard:
         self._commit = commit
         self._counter = counter
         self._lock = asyncio.Lock()
+        self._under_way = set[asyncio.Future[None]]()
         self._epoch = _epoch(store)
-        self._seen = 0
 
     async def milestone(self, changes: Sequence[Change]) -> None:
         """Returns once the changes are durable, and every older copy of the store is worthless.
 
-        What is durable cannot be taken back, so a counter that does not answer then is waited for.
+        What is durable cannot be taken back, so a counter that does not answer then is waited for. Whoever is cancelled meanwhile
+        ends waiting, and the milestone goes on: a step of the counter that nobody waits for any more would be taken twice, and
+        the store be behind for ever.
 
         Raises:
             StorageError: the changes are not durable.
         """
+        under_way = asyncio.ensure_future(self._reach(changes))
+        self._under_way.add(under_way)
+        under_way.add_done_callback(self._under_way.discard)
+        await asyncio.shield(under_way)
+
+    async def _reach(self, changes: Sequence[Change]) -> None:
         async with self._lock:
             await self._catch_up()
             epoch = self._epoch + 1
             await self._commit([*changes, (_RECORD, epoch.to_bytes(_EPOCH_BYTES, "big"))])
             self._epoch = epoch
             await self._catch_up()
-            self._seen = self._store.transactions
 
     async def _catch_up(self) -> None:
         """The store may be one ahead: a milestone just now, or a crash before the counter was reached."""
@@ -97,7 +104,7 @@ class RollbackGuard:
     async def keep_pace(self) -> None:
         """A milestone now, and then whenever something was written, at the counter's pace; until cancelled."""
         while True:
-            if self._store.transactions != self._seen:
+            if self._store.transactions != self._store.version(_RECORD):
                 try:
                     await self.milestone([])
                 except StorageError as error:

@@ -30,6 +30,7 @@ from spvtpm.wire.errors import (
     SpvtpmError,
     StaleInstance,
     StorageError,
+    UsageError,
 )
 from spvtpm.wire.instance_file import MAX_FILE_BYTES, parse_instance_header
 from spvtpm.wire.owner_messages import MyVm
@@ -131,6 +132,10 @@ def _finished(known: Known, place: InFile) -> Exported:
 
 def _check_output(output: Path, before: Known | None) -> None:
     """Whether a file may be made there; a void one, which an export has left that was broken off, counts as none."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise UsageError("the keyring cannot remember this path: it is no UTF-8") from None
     if not output.parent.is_dir():
         raise StorageError(f"there is no directory {output.parent}")
     if output.exists() or output.is_symlink():

@@ -127,14 +127,20 @@ class Keyring:
 
         Raises:
             KeyringError: it is damaged, or cannot be written; what was there is still there.
+            ResourceError: it would be longer than what can be read again; so, too.
         """
         with locked(self.directory):
             old = self.content
             new = change(old)
             if new != old:
+                encoded = self._encode(new)
+                if len(encoded) > MAX_KEYRING_BYTES:
+                    raise ResourceError(
+                        f"the keyring has room for {MAX_KEYRING_BYTES} bytes; forget vTPMs that are no more"
+                    )
                 for left in self.directory.glob(f".{_FILE}.*"):  # of a terminal that died while it wrote
                     left.unlink(missing_ok=True)
-                replace_file(self.directory / _FILE, self._encode(new))
+                replace_file(self.directory / _FILE, encoded)
             return new
 
     @contextmanager

@@ -32,9 +32,9 @@ class Relay:
         self._waiting: list[bytes] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
-        if path.is_dir():
-            path = path / "run" / "channel.sock"
         try:
+            if path.is_dir():
+                path = path / "run" / "channel.sock"
             self._socket.connect(str(path))
         except PermissionError:
             self._socket.close()

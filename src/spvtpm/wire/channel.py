@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import Certificate
 from msgspec import Meta
 
-from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.decoding import UNDECODABLE, in_words
 from spvtpm.wire.errors import ChannelError, MessageError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import ErrorReply
@@ -86,7 +86,7 @@ def parse_clear(payload: bytes) -> ClearMessage:
     try:
         return _decoder.decode(memoryview(payload)[1:])
     except UNDECODABLE as error:
-        raise MessageError(f"not understood: {error}") from None
+        raise MessageError(f"not understood: {in_words(error)}") from None
 
 
 class SecureChannel:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.decoding import UNDECODABLE, in_words
 from spvtpm.wire.errors import MessageError, SpvtpmError
 from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
@@ -227,7 +227,7 @@ def _parse(decoder: msgspec.msgpack.Decoder[_Message], payload: bytes) -> _Messa
     try:
         return decoder.decode(memoryview(payload)[1:])
     except UNDECODABLE as error:
-        raise MessageError(f"not understood: {error}") from None
+        raise MessageError(f"not understood: {in_words(error)}") from None
 
 
 def parse_request(payload: bytes) -> Request:

@@ -36,7 +36,9 @@ PIECE_BYTES: Final = 1 << 16
 MAX_OWNER_MESSAGE_BYTES: Final = 1 << 17
 """The longest message of either side: a page of VMs, or a piece and what is around it."""
 
-PAGE_MY_VMS: Final = 64
+PAGE_MY_VMS: Final = 16
+"""With the longest policy and label, one VM takes some 6 KiB."""
+
 MAX_EVENTS: Final = 32
 
 _Secret = Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]

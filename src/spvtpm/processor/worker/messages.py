@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.decoding import UNDECODABLE, in_words
 from spvtpm.wire.errors import MessageError
 from spvtpm.wire.vtpm_endorsement import MAX_ENDORSEMENTS, Certificate
 
@@ -21,7 +21,7 @@ MAX_PERMANENT_BYTES = 256 * 1024
 MAX_VOLATILE_BYTES = 64 * 1024
 """Bound of a volatile state; about 10 KiB with all session slots in use."""
 
-Line = Annotated[str, Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+Line = Annotated[str, Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 """A sentence for the log, on one line."""
 
 Permanent = Annotated[bytes, Meta(min_length=1, max_length=MAX_PERMANENT_BYTES)]
@@ -216,7 +216,7 @@ def _parse(decoder: msgspec.msgpack.Decoder[_Message], payload: bytes) -> _Messa
     try:
         return decoder.decode(payload)
     except UNDECODABLE as error:
-        raise MessageError(f"no message between SP and worker: {error}") from None
+        raise MessageError(f"no message between SP and worker: {in_words(error)}") from None
 
 
 def parse_to_worker(payload: bytes) -> ToWorker:
