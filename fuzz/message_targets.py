@@ -24,7 +24,7 @@ _SNAPSHOT = worker.InterfaceSnapshot("READY", True, 0, b"n" * 32, 7, (b"a" * 32,
 _TO_WORKER: Sequence[worker.ToWorker] = (
     worker.Start(worker.DirectPort(b"v" * 16, b"b" * 16, b"k" * 32, _SNAPSHOT), b"permanent", b"volatile"),
     worker.Start(worker.PacketPort()),
-    worker.Start(worker.PacketPort(), endorsed=True, pcr_banks=["sha256"], reseed=True),
+    worker.Start(worker.PacketPort(), pcr_banks=["sha256"], reseed=True),
     worker.Endorsed([b"certificate"], (b"chip", b"intermediate", b"root")),
     worker.Committed(),
     worker.Committed("no room"),
@@ -66,7 +66,6 @@ _FIELDS = (
     *("session", "only_if_idle", "missing", "count", "reason", "format", "ownership", "owner", "user_secret", "vm_key"),
     *("policy", "label", "hibernated", "events", "time_s", "what", "detail"),
     *(
-        "endorsed",
         "pcr_banks",
         "reseed",
         "certificates",
