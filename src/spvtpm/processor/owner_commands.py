@@ -185,8 +185,8 @@ class OwnerCommands:
                 await locks.enter_async_context(table.lock(vm_id))
             rotated = [block.rotate(user_secret) for block in self._mine() if block.vm_id in held]
             await self._estate.guard.milestone([block_change(block) for block in rotated])
-            for block in rotated:
-                table.put(block)
+            for block in rotated:  # as it is by now: its vTPM may have died meanwhile
+                table.put(table.get(block.vm_id).rotate(user_secret))
         return Rotated(vms=len(rotated))
 
     def list(self, after: uuid.UUID | None) -> MyVms:
