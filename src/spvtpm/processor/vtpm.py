@@ -202,13 +202,19 @@ class Vtpm:
             parked = self._services.parking.take(self.vtpm_id)
             try:
                 await save(parked.volatile)
-            except BaseException:
+            except SpvtpmError:
                 self._services.parking.put(self.vtpm_id, parked)
                 self._watch(self._wake_on_ring)
                 raise
-            self.residency = Residency.OFF
-            self._boot = None
-            self._release_interface()
+            except BaseException:  # cut off while it may be durable: then it must not go on here, and come back as it was
+                self._end_boot()
+                raise
+            self._end_boot()
+
+    def _end_boot(self) -> None:
+        self.residency = Residency.OFF
+        self._boot = None
+        self._release_interface()
 
     async def wake(self) -> None:
         """Gives a parked vTPM a worker again, just as it was.
