@@ -206,7 +206,9 @@ class Vtpm:
                 self._services.parking.put(self.vtpm_id, parked)
                 self._watch(self._wake_on_ring)
                 raise
-            except BaseException:  # cut off while it may be durable: then it must not go on here, and come back as it was
+            except (
+                BaseException
+            ):  # cut off while it may be durable: then it must not go on here, and come back as it was
                 self._end_boot()
                 raise
             self._end_boot()
