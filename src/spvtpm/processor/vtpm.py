@@ -206,17 +206,11 @@ class Vtpm:
                 self._services.parking.put(self.vtpm_id, parked)
                 self._watch(self._wake_on_ring)
                 raise
-            except (
-                BaseException
-            ):  # cut off while it may be durable: then it must not go on here, and come back as it was
-                self._end_boot()
-                raise
-            self._end_boot()
-
-    def _end_boot(self) -> None:
-        self.residency = Residency.OFF
-        self._boot = None
-        self._release_interface()
+            finally:  # also if it is cut off: what may be durable must not go on here, and come back as it was
+                if self.vtpm_id not in self._services.parking:
+                    self.residency = Residency.OFF
+                    self._boot = None
+                    self._release_interface()
 
     async def wake(self) -> None:
         """Gives a parked vTPM a worker again, just as it was.
