@@ -117,12 +117,13 @@ class _Ours:
 
     def grow(self, count: int) -> None:
         """Launches VMs until there are `count`; each vTPM has answered twice."""
-        while len(self._vms) < count:
-            vm_id = self._sp.launch()
-            with self._sp.driver(vm_id) as driver:
-                checked(driver.transmit(startup()))
-                checked(driver.transmit(get_random(32)))
-            self._vms.append(vm_id)
+        with self._sp.channel() as channel:
+            while len(self._vms) < count:
+                vm_id = self._sp.launch(channel)
+                with self._sp.driver(vm_id) as driver:
+                    checked(driver.transmit(startup()))
+                    checked(driver.transmit(get_random(32)))
+                self._vms.append(vm_id)
 
     def answers(self) -> list[int]:
         """Nanoseconds of one GetRandom each, of a random sample."""

@@ -179,7 +179,7 @@ def measure_lifecycle(sp: RunningSp, swtpm_path: str, scratch: Path, *, quick: b
     section.notes.append(
         "Before each turn all that was left unwritten is synced, so that ours does not pay for swtpm's."
     )
-    section.notes.append("Not timed: writing our VM's key file, making swtpm's state directory, and ending either.")
+    section.notes.append("Not timed: what our VM's owner says, making swtpm's state directory, and ending either.")
     return section
 
 

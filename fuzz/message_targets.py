@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import msgspec
+from tests.owner import ANYTHING
 
 from fuzz.program import Program
 from fuzz.target import Target
-from spvtpm.processor.security_block import VmSecurityBlock, VmState
+from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
 from spvtpm.processor.worker import messages as worker
 from spvtpm.wire import mailbox, messages
 from spvtpm.wire.errors import IntegrityError, MailboxError, MessageError
@@ -24,7 +24,7 @@ _SNAPSHOT = worker.InterfaceSnapshot("READY", True, 0, b"n" * 32, 7, (b"a" * 32,
 _TO_WORKER: Sequence[worker.ToWorker] = (
     worker.Start(worker.DirectPort(b"v" * 16, b"b" * 16, b"k" * 32, _SNAPSHOT), b"permanent", b"volatile"),
     worker.Start(worker.PacketPort()),
-    worker.Start(worker.PacketPort(), endorsed=True, pcr_banks=["sha256"], reseed=True),
+    worker.Start(worker.PacketPort(), pcr_banks=["sha256"], reseed=True),
     worker.Endorsed([b"certificate"], (b"chip", b"intermediate", b"root")),
     worker.Committed(),
     worker.Committed("no room"),
@@ -45,13 +45,12 @@ _REPLIES: Sequence[messages.Reply] = (
     messages.VmInfo(_VM, "running", 1, messages.VtpmInfo(_VM, "active", "/run/vm.sock", True)),
     messages.VmList([messages.VmInfo(_VM, "stopped", 2, None)]),
     messages.Status("c0" * 16, "0.1.0", 1, 1, 0, ["no Landlock"]),
-    messages.Done(),
     messages.Endorsement(vtpm_id=_VM, certificates=(b"ek",), issuer=(b"chip", b"intermediate", b"root")),
     messages.ErrorReply("not-found", "there is no such VM"),
 )
 _WITH_VM = (
     *(messages.LaunchVm, messages.CreateVtpm, messages.StartVm, messages.ResetVm, messages.StopVm),
-    *(messages.DecommissionVm, messages.DestroyVtpm, messages.ParkVtpm, messages.WakeVtpm),
+    *(messages.HibernateVm, messages.ParkVtpm, messages.WakeVtpm),
 )
 _REQUESTS: Sequence[messages.Request] = (
     *(request(vm_id=_VM) for request in _WITH_VM),
@@ -64,9 +63,9 @@ _FIELDS = (
     *("type", "version", "vm_id", "with_vtpm", "vtpm_id", "residency", "interface", "connected", "failure", "state"),
     *("boots", "vtpm", "vms", "chip_id", "software", "active", "parked", "missing_protection", "code", "message"),
     *("port", "permanent", "volatile", "snapshot", "boot_id", "boot_key", "granted", "error", "sp_nonce", "sequence"),
-    *("session", "only_if_idle", "missing", "count", "reason", "format"),
+    *("session", "only_if_idle", "missing", "count", "reason", "format", "ownership", "owner", "user_secret", "vm_key"),
+    *("policy", "label", "hibernated", "events", "time_s", "what", "detail"),
     *(
-        "endorsed",
         "pcr_banks",
         "reseed",
         "certificates",
@@ -116,13 +115,15 @@ def fuzz_from_worker(data: bytes) -> None:
 
 
 def fuzz_security_block(data: bytes) -> None:
-    """A VM's stored block: this VM's and stopped, or an error."""
+    """A VM's stored block: this VM's and at rest, or an error."""
     try:
         block = VmSecurityBlock.from_record(_VM, data)
     except IntegrityError:
         return
-    assert block.vm_id == _VM and block.state is VmState.STOPPED and block.boot_id is None, "a loaded block is at rest"
-    assert 0 <= block.boots < 1 << 63, "boots are within their bounds"
+    at_rest = block.state in (VmState.STOPPED, VmState.HIBERNATED)
+    assert block.vm_id == _VM and at_rest and block.boot_id is None, "a loaded block is at rest"
+    assert 0 <= block.boots < 1 << 63 and 0 <= block.version < 1 << 63, "numbers are within their bounds"
+    assert len(block.ownership.vm_key) == len(block.ownership.user_secret) == 32, "secrets have their length"
     assert VmSecurityBlock.from_record(_VM, block.to_record()) == block, "a block survives its record"
 
 
@@ -169,9 +170,11 @@ def _opened(
 
 
 def _records() -> Sequence[bytes]:
-    block = VmSecurityBlock.launch(_VM)
-    other = VmSecurityBlock.launch(uuid.UUID(int=1))
-    return [block.to_record(), block.bind(uuid.UUID(int=2)).to_record(), other.to_record(), msgspec.msgpack.encode([])]
+    ownership = Ownership(owner=_KEY, user_secret=_OTHER_KEY, vm_key=_KEY, policy=ANYTHING, label="mail")
+    block = VmSecurityBlock.provision(_VM, ownership)
+    other = VmSecurityBlock.provision(uuid.UUID(int=1), ownership)
+    imported = VmSecurityBlock.provision_imported(_VM, ownership, uuid.UUID(int=2), 7, hibernated=True)
+    return [each.to_record() for each in (block, imported, block.launch().bind(uuid.UUID(int=2)), other)]
 
 
 def _encoded(encode: Callable[[T], bytes], all_of: Sequence[T]) -> Callable[[], Sequence[bytes]]:

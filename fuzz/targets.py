@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fuzz.certificate_targets import CERTIFICATE_TARGETS
+from fuzz.channel_targets import CHANNEL_TARGETS
 from fuzz.instance_targets import INSTANCE_TARGETS
 from fuzz.interface_targets import INTERFACE_TARGETS
 from fuzz.message_targets import MESSAGE_TARGETS
@@ -18,6 +19,7 @@ TARGETS: dict[str, Target] = {
         *STREAM_TARGETS,
         *MESSAGE_TARGETS,
         *OWNER_TARGETS,
+        *CHANNEL_TARGETS,
         *INSTANCE_TARGETS,
         *CERTIFICATE_TARGETS,
         *INTERFACE_TARGETS,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -104,11 +104,11 @@ class RunningSp:
             create_file(path, self.key(vm_id))
         return path
 
-    def new_vm(self, policy: Policy = ANYTHING) -> uuid.UUID:
-        """A new VM, provisioned by its owner; not launched."""
+    def new_vm(self, policy: Policy = ANYTHING, channel: OwnerChannel | None = None) -> uuid.UUID:
+        """A new VM, provisioned by its owner, in this channel if there is one; not launched."""
         vm_id = uuid.uuid4()
-        with self.channel() as channel:
-            channel.provision(vm_id, self.key(vm_id), policy)
+        with nullcontext(channel) if channel is not None else self.channel() as open_channel:
+            open_channel.provision(vm_id, self.key(vm_id), policy)
         return vm_id
 
     def destroy(self, vm_id: uuid.UUID) -> None:
@@ -116,9 +116,9 @@ class RunningSp:
         with self.channel() as channel:
             channel.ask(DestroyVm(vm_id=vm_id), Done)
 
-    def launch(self) -> uuid.UUID:
-        """A new VM, running, with a vTPM."""
-        vm_id = self.new_vm()
+    def launch(self, channel: OwnerChannel | None = None) -> uuid.UUID:
+        """A new VM, running, with a vTPM; provisioned in this channel if there is one."""
+        vm_id = self.new_vm(channel=channel)
         self.info(messages.LaunchVm(vm_id=vm_id))
         return vm_id
 

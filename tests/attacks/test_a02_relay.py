@@ -15,7 +15,7 @@ import pytest
 from spvtpm.terminal.keyring import Keyring
 from spvtpm.terminal.whereabouts import AtChip, Importing, InFile
 from spvtpm.wire.channel import encode_clear
-from spvtpm.wire.errors import ChannelError, PeerError, SpvtpmError
+from spvtpm.wire.errors import CertificateRefused, ChannelError, PeerError, SpvtpmError
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_messages import (
     DestroyVm,
@@ -121,7 +121,7 @@ def test_a_frame_that_is_altered_ends_the_channel_and_the_next_one_works(
                 break
             # What came after the last answer changes nothing; before it, nothing altered was believed.
             assert attacked >= 2
-        except PeerError:
+        except (PeerError, CertificateRefused):  # a certificate's signature may be where it was altered
             pass
     assert attacked > 2
     relay.hook = lambda _side, _number, frame: [frame]

@@ -125,12 +125,16 @@ def put_right(state: Path, backup: Path) -> None:
 
 
 class StoppedSp:
-    """A secure processor that was stopped in order, and the ids of its two VMs."""
+    """A secure processor that was stopped in order, and the ids of its two VMs.
+
+    Attributes:
+        sp: it, to be started again with the same owner and keys.
+    """
 
     def __init__(self, state: Path) -> None:
-        with RunningSp(state) as sp:
-            self.vms = [sp.launch(), sp.launch()]
-            assert sp.stop() == 0
+        with RunningSp(state) as self.sp:
+            self.vms = [self.sp.launch(), self.sp.launch()]
+            assert self.sp.stop() == 0
         self.state = state
 
     def refusal(self) -> str:
@@ -205,7 +209,8 @@ def test_a_damaged_security_block_is_named_and_refused_and_its_neighbour_is_not_
         f"vmsb/{neighbour}",
         name,
     )
-    with RunningSp(state_directory) as sp:
+    with stopped.sp as sp:
+        sp.start()
         assert f"vmsb/{victim} is version" in sp.log()
         assert (sp.vm(victim).state, sp.vm(victim).vtpm) == ("damaged", None)
         with sp.channel() as channel, pytest.raises(AlreadyExists):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from spvtpm.wire.errors import (
     ExportSuperseded,
     FirmwareTooOld,
     InstanceFileError,
+    IntegrityError,
     MessageError,
     NotFound,
     ResourceError,
@@ -46,6 +50,7 @@ from tests.guests_view import find_traces, hibernated_with_traces, leave_traces,
 from tests.harness import RunningSp
 from tests.owner import ANYTHING, Owner
 from tests.papers import new_papers, todays_papers
+from tests.processor.processes import Doomed, wait_until
 
 
 @pytest.fixture
@@ -294,7 +299,74 @@ def test_no_room_is_told_before_a_byte_of_the_file_is_taken(state_directory: Pat
                 channel.bring(vm_id, bytes(32), file)
 
 
+@contextmanager
+def counter_out_of_order(sp: RunningSp) -> Iterator[None]:
+    """The chip's counter does not answer, so that milestones wait."""
+    counter = sp.state / "fuses" / "counter"
+    hidden = counter.rename(counter.with_suffix(".hidden"))
+    try:
+        yield
+    finally:
+        hidden.rename(counter)
+
+
+@pytest.mark.attack("A16")
+def test_nobody_sees_a_vm_before_it_is_durable_and_everybody_else_is_answered(sp: RunningSp) -> None:
+    other, (vm_id, _traces) = sp.launch(), stopped_with_traces(sp)
+    with sp.channel() as channel, sp.channel() as another, ThreadPoolExecutor(1) as pool:
+        file = channel.export(vm_id)
+        with counter_out_of_order(sp):
+            coming = pool.submit(channel.bring, vm_id, sp.key(vm_id), file)
+            wait_until(lambda: "counter does not answer" in sp.log())
+            assert [vm.vm_id for vm in sp.vms()] == [other]
+            assert [vm.vm_id for vm in another.ask(ListMine(), MyVms).vms] == [other]
+            with pytest.raises(AlreadyExists):
+                another.bring(vm_id, sp.key(vm_id), file)
+        assert coming.result(60).version == 1
+        assert {vm.vm_id for vm in sp.vms()} == {other, vm_id}
+
+
 # The owner's other commands
+
+
+def test_a_vm_that_fails_while_its_secret_is_rotated_has_failed(sp: RunningSp) -> None:
+    vm_id = sp.launch()
+    with sp.driver(vm_id) as driver, sp.channel() as channel, ThreadPoolExecutor(1) as pool:
+        tpm.checked(driver.transmit(tpm.startup()))
+        channel.ask(ListMine(), MyVms)
+        with counter_out_of_order(sp):
+            rotated = pool.submit(channel.ask, RotateUserSecret(user_secret=bytes(32)), Rotated)
+            wait_until(lambda: "counter does not answer" in sp.log())
+            Doomed(sp.worker_of(driver.interface)).kill()
+            wait_until(lambda: sp.vm(vm_id).state == "failed")
+        assert rotated.result(60).vms == 1
+        assert sp.vm(vm_id).state == "failed"
+    sp.info(messages.StopVm(vm_id=vm_id))
+    with sp.channel(Owner(sp.owner.key, bytes(32))) as channel:
+        file = channel.export(vm_id)
+        assert channel.bring(vm_id, sp.key(vm_id), file).version == 1
+
+
+@pytest.mark.claim("C6b")
+@pytest.mark.attack("A15")
+def test_a_hibernated_vm_that_cannot_go_on_is_hibernated_still_and_goes_on_once_that_is_put_right(
+    sp: RunningSp,
+) -> None:
+    vm_id, traces = hibernated_with_traces(sp)
+    vtpm = sp.vm(vm_id).vtpm
+    assert vtpm is not None
+    name = f"vtpm/{vtpm.vtpm_id}"
+    with closing(sqlite3.connect(sp.state / "nv.db")) as database:
+        (kept,) = database.execute("SELECT sealed FROM records WHERE name = ?", (name,)).fetchone()
+        for sealed in (bytes(5000), kept):
+            with database:
+                database.execute("UPDATE records SET sealed = ? WHERE name = ?", (sealed, name))
+            if sealed is not kept:
+                with pytest.raises(IntegrityError, match=name):
+                    sp.info(messages.StartVm(vm_id=vm_id))
+                assert sp.vm(vm_id).state == "hibernated"
+    sp.info(messages.StartVm(vm_id=vm_id))
+    assert find_traces(sp, vm_id, start=False) == traces
 
 
 def test_a_new_secret_is_that_of_all_the_owners_vms_and_opens_what_is_exported_from_then_on(sp: RunningSp) -> None:

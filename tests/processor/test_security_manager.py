@@ -71,16 +71,16 @@ def outcomes(attempts: Sequence[Callable[[], object]]) -> list[str]:
 @pytest.mark.claim("C3")
 def test_a_vm_that_no_owner_provisioned_gets_nothing_and_one_that_was_gets_a_vtpm_in_its_boot(sp: RunningSp) -> None:
     vm_id = uuid.uuid4()
-    for request in (messages.LaunchVm, messages.CreateVtpm, messages.StartVm, messages.HibernateVm):
+    for unknown in (messages.LaunchVm, messages.CreateVtpm, messages.StartVm, messages.HibernateVm):
         with pytest.raises(NotFound):
-            sp.call(request(vm_id=vm_id))
+            sp.call(unknown(vm_id=vm_id))
     assert listed(sp) == []
     assert not sp.interface(vm_id).exists()
 
     vm_id = sp.new_vm()
-    for request in (messages.CreateVtpm, messages.StartVm, messages.ResetVm, messages.HibernateVm):
+    for too_early in (messages.CreateVtpm, messages.StartVm, messages.ResetVm, messages.HibernateVm):
         with pytest.raises(WrongState):
-            sp.call(request(vm_id=vm_id))
+            sp.call(too_early(vm_id=vm_id))
     assert (sp.vm(vm_id).state, sp.vm(vm_id).boots, sp.vm(vm_id).vtpm) == ("stopped", 0, None)
     assert not sp.interface(vm_id).exists()
 

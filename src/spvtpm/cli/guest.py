@@ -19,7 +19,7 @@ Key = Annotated[Path, Parameter(name="--key", help="The VM key's file.")]
 def new_key(path: Path, /) -> None:
     """Write a new VM key, 32 random bytes, mode 0600. The VM and its secure processor must both have it.
 
-    Example: spvtpm guest new-key /var/lib/spvtpm/vm-keys/6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11.key
+    Example: spvtpm guest new-key 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11.key
     """
     from spvtpm.guest.vm_key import create_vm_key
 

@@ -42,6 +42,7 @@ class VmTable:
         self._max_vms = max_vms
         self._blocks: dict[uuid.UUID, VmSecurityBlock] = {}
         self._damaged: dict[uuid.UUID, str] = {}
+        self._coming: set[uuid.UUID] = set()
         self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
 
     def load(self, store: NvStore) -> None:
@@ -87,26 +88,26 @@ class VmTable:
             AlreadyExists: the VM has one.
             ResourceError: the table is full.
         """
-        if vm_id in self._blocks or vm_id in self._damaged:
+        if vm_id in self._blocks or vm_id in self._damaged or vm_id in self._coming:
             raise AlreadyExists(f"VM {vm_id} has a security block already")
-        if len(self) >= self._max_vms:
+        if len(self) + len(self._coming) >= self._max_vms:
             raise ResourceError(f"this secure processor holds {self._max_vms} VMs at most")
 
     @asynccontextmanager
     async def room_for(self, block: VmSecurityBlock) -> AsyncIterator[None]:
-        """The new block takes its place at once; if the body, which makes it durable, fails, it was never there.
+        """Holds a place for the new block; nobody sees it there before the body has made it durable.
 
         Raises:
             AlreadyExists: the VM has one.
             ResourceError: the table is full.
         """
         self.check_room(block.vm_id)
-        self.put(block)
+        self._coming.add(block.vm_id)
         try:
             yield
-        except BaseException:
-            self.remove(block.vm_id)
-            raise
+            self.put(block)
+        finally:
+            self._coming.discard(block.vm_id)
 
     def fail(self, vm_id: uuid.UUID, reason: str) -> None:
         """The VM's vTPM died by itself."""

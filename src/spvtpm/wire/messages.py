@@ -1,7 +1,7 @@
 """What a hypervisor may ask of its secure processor, and the answers.
 
 One request and one answer at a time on a connection, each a frame (`framing.py`): one byte with the version, then MessagePack.
-Another version is refused. Command names follow the firmware of AMD SEV where it has them (launch, decommission).
+Another version is refused.
 """
 
 from __future__ import annotations

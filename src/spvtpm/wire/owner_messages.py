@@ -264,8 +264,8 @@ class Event(_Part, frozen=True):
 
     Attributes:
         time_s: when; seconds since 1970, UTC, by the secure processor's clock, which the host sets.
-        what: a word: `provisioned`, `launched`, `started`, `reset`, `stopped`, `hibernated`, `resumed`, `failed`,
-            `imported`, `export-begun`, `secret-rotated`.
+        what: a word: `provisioned`, `launched`, `started`, `stopped`, `hibernated`, `resumed`, `failed`, `imported`,
+            `export-begun`, `secret-rotated`. A reset is a stop and a start.
         detail: a sentence, or nothing.
     """
 
