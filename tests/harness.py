@@ -25,6 +25,13 @@ from spvtpm.wire.owner_messages import DestroyVm, Done
 from tests.owner import ANYTHING, Owner, OwnerChannel
 from tests.papers import Papers, put_chip_file
 
+_OTHER_FIRMWARE = """
+from spvtpm.processor import daemon
+daemon.FIRMWARE_VERSION = {}
+from spvtpm.cli import main
+main()
+"""
+
 
 class RunningSp:
     """An SP daemon on a state directory. Starts it, stops it in order or by SIGKILL, starts it again.
@@ -48,11 +55,12 @@ class RunningSp:
             (state / "sp.toml").write_text(config)
         self.start()
 
-    def start(self) -> None:
-        """Starts the daemon and waits until it listens."""
+    def start(self, firmware: int | None = None) -> None:
+        """Starts the daemon, if asked in another version of its firmware, and waits until it listens."""
+        program = ["-m", "spvtpm.cli"] if firmware is None else ["-c", _OTHER_FIRMWARE.format(firmware)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "spvtpm.cli", "sp", "run", str(self.state)],
+                [sys.executable, *program, "sp", "run", str(self.state)],
                 stdout=subprocess.PIPE,
                 stderr=log,
             )

@@ -243,6 +243,21 @@ def test_a_policy_that_does_not_allow_this_chip_or_firmware_is_refused(sp: Runni
 
 
 @pytest.mark.claim("B5")
+@pytest.mark.attack("A26")
+def test_a_vtpm_does_not_boot_on_firmware_that_was_put_back(sp: RunningSp) -> None:
+    vm_id, unlaunched = (sp.new_vm(msgspec.structs.replace(ANYTHING, minimum_firmware=1)) for _ in range(2))
+    sp.info(messages.LaunchVm(vm_id=vm_id))
+    sp.stop()
+    sp.start(firmware=0)
+    for request in (messages.StartVm(vm_id=vm_id), messages.LaunchVm(vm_id=unlaunched)):
+        with pytest.raises(FirmwareTooOld, match="asks for firmware 1; this is 0"):
+            sp.call(request)
+    sp.stop()
+    sp.start()
+    assert sp.info(messages.StartVm(vm_id=vm_id)).state == "running"
+
+
+@pytest.mark.claim("B5")
 def test_the_policy_goes_with_the_file_and_binds_every_chip(sp: RunningSp, other_sp: RunningSp) -> None:
     status = sp.call(messages.GetStatus())
     assert isinstance(status, messages.Status)

@@ -5,15 +5,22 @@ in another channel, what became of a vTPM, then he acts on the answer: he starts
 file away because it is. An import or an acknowledgement that comes in late would make the answer a lie, and a vTPM live twice,
 or not at all. So the question outdates all other channels of that owner that are there when it is answered.
 
+The same holds for one VM: who has exported, imported or destroyed it in one channel has given up what he said of it in others.
+A destruction that was held back does not meet the VM that came back meanwhile, nor a rotation the secret that came after it.
+
 A channel counts from the introduction on, before its handshake: what is held back can only belong to one that had got so far.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spvtpm.wire.errors import StaleInstance
+
+_MAX_GIVEN_UP = 256
+"""A channel that was left behind so often is out of date altogether."""
 
 
 class Turn:
@@ -22,22 +29,24 @@ class Turn:
     def __init__(self, turns: set[Turn]) -> None:
         self._turns = turns
         self._is_outdated = False
+        self._given_up = set[uuid.UUID | None]()
 
     def outdate_others(self) -> None:
         """An answer is being given in this channel that has to stay true."""
         for turn in self._turns:
             turn._is_outdated |= turn is not self
 
-    def verify_current(self) -> None:
-        """Whether this channel may still bring a vTPM here, or take one away.
+    def change(self, subject: uuid.UUID | None) -> None:
+        """A VM is about to come, to go, or, if there is none named, all of them to get another secret, by a word of this channel.
 
         Raises:
-            StaleInstance: no: its owner has asked in another one what became of a vTPM.
+            StaleInstance: its owner has asked in another one what became of a vTPM, or changed the same there.
         """
-        if self._is_outdated:
-            raise StaleInstance(
-                "its owner has asked in a newer channel what became of a vTPM; this channel is out of date"
-            )
+        if self._is_outdated or subject in self._given_up:
+            raise StaleInstance("its owner has gone on in a newer channel; this one is out of date")
+        for turn in self._turns - {self}:
+            turn._given_up.add(subject)
+            turn._is_outdated |= len(turn._given_up) > _MAX_GIVEN_UP
 
 
 class ChannelOrder:

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
+from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
 from spvtpm.processor.channel_port import ChannelPort
 from spvtpm.processor.config import DEFAULT_TOML, load_config
@@ -160,14 +161,15 @@ class SecureProcessor:
         services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids, table.fail)
         vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
-        self._security = SecurityManager(self._store, commit, guard, table, vtpms)
+        here = Here(self._fuses.chip_id, FIRMWARE_VERSION)
+        self._security = SecurityManager(self._store, commit, guard, table, vtpms, here)
         await self._security.load()
         for endless in (vtpms.park_idle_for_ever(), guard.keep_pace()):
             cleanup.callback(asyncio.create_task(endless).cancel)
         port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
         cleanup.push_async_callback(port.close)
         ledger, secret = Ledger(self._store), self._fuses.sp_secret
-        estate = Estate(self._store, guard, table, vtpms, ledger, self._fuses.chip_id, FIRMWARE_VERSION, secret)
+        estate = Estate(self._store, guard, table, vtpms, ledger, here, secret)
         keys = ChannelKeys(self._fuses)
         channels = ChannelPort(runtime / "channel.sock", uids, keys, partial(OwnerSession, estate))
         cleanup.push_async_callback(channels.close)

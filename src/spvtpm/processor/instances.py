@@ -215,7 +215,7 @@ class Import:
 
     async def _take(self, instance: Instance) -> MyVm:
         estate, header, request = self._estate, instance.header, self._request
-        estate.check_policy(instance.policy)
+        estate.here.check(instance.policy)
         ownership = Ownership(
             owner=self._owner,
             user_secret=request.user_secret,
@@ -234,8 +234,8 @@ class Import:
         if instance.volatile is not None:
             changes.append((hibernated_name(header.vtpm_id), pack_volatile(instance.volatile)))
         async with estate.table.lock(block.vm_id), estate.ledger.lock:
-            self._turn.verify_current()
             self._check_age(header)  # again: meanwhile another channel may have brought the same file
+            self._turn.change(block.vm_id)
             async with estate.table.room_for(block):
                 with estate.vtpms.arriving(header.vtpm_id, block.vm_id):  # whoever lists VMs meanwhile looks at it
                     await estate.guard.milestone([*changes, estate.ledger.change(header.vtpm_id, None)])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_order import Turn
 from spvtpm.processor.ledger import Entry, Ledger
 from spvtpm.processor.nv_store import Change, NvStore
@@ -20,8 +21,7 @@ from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.processor.vm_table import VmTable, block_change, block_removal
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.vtpm_records import record_name
-from spvtpm.wire.errors import ChipNotAllowed, FirmwareTooOld, IntegrityError, NotFound
-from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.errors import IntegrityError, NotFound
 from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.owner_messages import (
     PAGE_MY_VMS,
@@ -45,8 +45,7 @@ class Estate:
         table: the security blocks.
         vtpms: the vTPM manager.
         ledger: of vTPMs that are gone.
-        chip_id: this chip's, 16 bytes.
-        firmware: the version that runs.
+        here: this chip, and what runs on it.
         sp_secret: the chip's half of the keys of instance files.
     """
 
@@ -55,8 +54,7 @@ class Estate:
     table: VmTable
     vtpms: VtpmManager
     ledger: Ledger
-    chip_id: bytes
-    firmware: int
+    here: Here
     sp_secret: SpSecret
 
     def owned(self, owner: bytes, vm_id: uuid.UUID) -> VmSecurityBlock:
@@ -70,19 +68,6 @@ class Estate:
         if block.ownership.owner != owner:
             raise NotFound(f"there is no VM {vm_id}")
         return block
-
-    def check_policy(self, policy: Policy) -> None:
-        """Whether the owner allows this chip, and what runs on it.
-
-        Raises:
-            ChipNotAllowed, FirmwareTooOld: not.
-        """
-        if policy.chips is not None and self.chip_id not in policy.chips:
-            raise ChipNotAllowed(f"the owner's policy does not allow the chip {self.chip_id.hex()}")
-        if policy.minimum_firmware > self.firmware:
-            raise FirmwareTooOld(
-                f"the owner's policy asks for firmware {policy.minimum_firmware}; this is {self.firmware}"
-            )
 
     def view(self, block: VmSecurityBlock) -> MyVm:
         """One VM as its owner sees it."""
@@ -110,15 +95,15 @@ class Estate:
             StaleInstance: the channel is out of date.
             StorageError: they are still there, but for the boot under way.
         """
+        turn.change(block.vm_id)
         removal = block_removal(block.vm_id)
         if block.vtpm_id is None:
             await self.guard.milestone([removal])
         else:
-            turn.verify_current()
             # Ahead of the ledger's lock: one that hangs keeps no other owner waiting.
             await self.vtpms.get(block.vtpm_id).abandon()
             async with self.ledger.lock:
-                turn.verify_current()
+                turn.change(block.vm_id)  # again: meanwhile its owner may have gone on in another
                 changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
                 await self.vtpms.destroy(block.vtpm_id, changes, self.guard.milestone)
         self.table.remove(block.vm_id)
@@ -148,7 +133,7 @@ class OwnerCommands:
             ResourceError: there is no room.
         """
         estate = self._estate
-        estate.check_policy(vtpm.policy)
+        estate.here.check(vtpm.policy)
         check_pcr_banks(vtpm.policy.pcr_banks)
         ownership = Ownership(
             owner=self._owner,
@@ -180,6 +165,7 @@ class OwnerCommands:
         """Another `UserSecret` for all of the owner's VMs, all or none.
 
         Raises:
+            StaleInstance: the channel is out of date.
             StorageError: for none.
         """
         table = self._estate.table
@@ -187,6 +173,7 @@ class OwnerCommands:
             held = sorted(block.vm_id for block in self._mine())
             for vm_id in held:
                 await locks.enter_async_context(table.lock(vm_id))
+            self._turn.change(None)
             rotated = [block.rotate(user_secret) for block in self._mine() if block.vm_id in held]
             if rotated:  # a counter wears
                 await self._estate.guard.milestone([block_change(block) for block in rotated])

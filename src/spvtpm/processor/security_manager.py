@@ -10,6 +10,7 @@ import asyncio
 import logging
 import uuid
 
+from spvtpm.processor.allowed import Here
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
@@ -33,16 +34,24 @@ class SecurityManager:
         guard: makes such changes durable that must never be undone.
         table: the security blocks.
         vtpms: the vTPM manager.
+        here: this chip, and what runs on it.
     """
 
     def __init__(
-        self, store: NvStore, commit: Commit, guard: RollbackGuard, table: VmTable, vtpms: VtpmManager
+        self,
+        store: NvStore,
+        commit: Commit,
+        guard: RollbackGuard,
+        table: VmTable,
+        vtpms: VtpmManager,
+        here: Here,
     ) -> None:
         self._store = store
         self._commit = commit
         self._guard = guard
         self._table = table
         self._vtpms = vtpms
+        self._here = here
 
     async def load(self) -> None:
         """Takes over what is stored, at start, and removes state that no block names; while a block is damaged, all stays.
@@ -71,11 +80,13 @@ class SecurityManager:
             NotFound: its owner has not provisioned it.
             AlreadyExists: it has been launched before.
             WrongState: it has a vTPM already, and cannot be without.
+            ChipNotAllowed, FirmwareTooOld: its owner's policy does not allow what is here.
             ResourceError: it is as it was.
         """
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
             launched = block.launch()
+            self._here.check(block.ownership.policy)
             if block.vtpm_id is not None:
                 if not with_vtpm:
                     raise WrongState(f"launch: the vTPM of VM {vm_id} was imported: launch it with its vTPM")
@@ -119,6 +130,7 @@ class SecurityManager:
 
         Raises:
             NotFound, WrongState: the block does not allow it.
+            ChipNotAllowed, FirmwareTooOld: its owner's policy does not allow what is here.
             IntegrityError: its vTPM's stored state cannot be believed; the VM is as it was.
             ResourceError: it is as it was.
         """
@@ -128,6 +140,7 @@ class SecurityManager:
             return self.info(vm_id)
 
     async def _start(self, block: VmSecurityBlock, started: VmSecurityBlock) -> None:
+        self._here.check(block.ownership.policy)
         if block.state is VmState.HIBERNATED:
             await self._resume(block, started)
             return
