@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_order import ChannelOrder
 from spvtpm.processor.fuses.file import FileCounter
 from spvtpm.processor.group_commit import GroupCommit
@@ -53,9 +54,9 @@ class Scene:
         self._commit = GroupCommit(self.store).commit
         self.counter = FileCounter(directory / "counter")
         guard = RollbackGuard(self.store, self.commit, self.counter)
-        secret = SpSecret(FLEET, 1, SP)
-        self.estate = Estate(self.store, guard, self.table, self.vtpms, Ledger(self.store), bytes(16), 1, secret)
-        self.hypervisor = SecurityManager(self.store, self.commit, guard, self.table, self.vtpms)
+        secret, here = SpSecret(FLEET, 1, SP), Here(bytes(16), 1)
+        self.estate = Estate(self.store, guard, self.table, self.vtpms, Ledger(self.store), here, secret)
+        self.hypervisor = SecurityManager(self.store, self.commit, guard, self.table, self.vtpms, here)
         self.order = ChannelOrder()
 
     async def commit(self, changes: Sequence[Change]) -> None:
