@@ -237,6 +237,6 @@ class Import:
             self._check_age(header)  # again: meanwhile another channel may have brought the same file
             self._turn.change(block.vm_id)
             async with estate.table.room_for(block):
-                with estate.vtpms.arriving(header.vtpm_id, block.vm_id):  # whoever lists VMs meanwhile looks at it
-                    await estate.guard.milestone([*changes, estate.ledger.change(header.vtpm_id, None)])
+                await estate.guard.milestone([*changes, estate.ledger.change(header.vtpm_id, None)])
+                estate.vtpms.load(header.vtpm_id, block.vm_id)
         return estate.view(block)

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,16 +83,6 @@ class VtpmManager:
         vtpm = Vtpm(vtpm_id, vm_id, self._services)
         self._vtpms[vtpm_id] = vtpm
         return vtpm
-
-    @contextmanager
-    def arriving(self, vtpm_id: uuid.UUID, vm_id: uuid.UUID) -> Iterator[None]:
-        """A vTPM that is known, off, from now on; if the body, which makes it durable, fails, it never was."""
-        self.load(vtpm_id, vm_id)
-        try:
-            yield
-        except BaseException:
-            del self._vtpms[vtpm_id]
-            raise
 
     async def create(
         self,
