@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ from tests.harness import RunningSp
 
 pytestmark = [pytest.mark.attack("A16"), pytest.mark.claim("C6b")]
 
-ROUNDS = 150
-"""Of export and import each."""
+KILLS = 300
+"""At random moments of exports and imports."""
+
+ROUNDS = 20
+"""Of creations, and of destructions."""
 
 GONE = (SpvtpmError, OSError)
 """What an owner sees of an SP that is killed."""
@@ -146,7 +150,7 @@ def test_a_destruction_killed_after_its_answer_stays_one(story: Story) -> None:
     assert story.sp.vms() == []
 
 
-def kill_within(sp: RunningSp, action: Callable[[], None], longest_s: float, generator: random.Random) -> bool:
+def kill_within(sp: RunningSp, action: Callable[[], object], longest_s: float, generator: random.Random) -> bool:
     """Begins the action and kills the SP at a random moment within it; returns whether the action was answered to its end."""
     delay_s = generator.uniform(0, longest_s)
     done = False
@@ -180,7 +184,7 @@ def killed_in(
     return here
 
 
-def typical_s(action: Callable[[], None]) -> float:
+def typical_s(action: Callable[[], object]) -> float:
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
@@ -194,17 +198,63 @@ def test_at_random_moments_exactly_one_of_sp_and_file_brings_back_the_newest_sta
         longest_s = 1.5 * typical_s(lambda: story.export(nothing))
         story.bring(nothing)
         launched = False
-        outcomes = {"here": 0, "exported": 0}
-        for _round in range(ROUNDS):
+        outcomes = {
+            "export": [0, 0],
+            "import": [0, 0],
+        }  # how often the vTPM was in the file afterwards, and how often here
+        while sum(map(sum, outcomes.values())) < KILLS:
             story.use(launch=not launched)
             launched = True
             here = killed_in(story, story.export, longest_s, generator)
-            outcomes["here" if here else "exported"] += 1
+            outcomes["export"][here] += 1
             if here:
                 continue
             here = killed_in(story, story.bring, longest_s, generator)
+            outcomes["import"][here] += 1
             if not here:
                 story.bring(nothing)
             launched = False
             story.hibernates = generator.random() < 0.5
-        assert min(outcomes.values()) > ROUNDS // 20, outcomes
+        assert min(map(min, outcomes.values())) > KILLS // 60, outcomes
+
+
+def test_a_creation_at_random_moments_is_there_whole_or_not_at_all(state_directory: Path) -> None:
+    generator = random.Random(20_264)  # noqa: S311  # moments, not secrets
+    with RunningSp(state_directory) as sp:
+        longest_s = 1.5 * typical_s(sp.launch)
+        made = 0
+        for _round in range(ROUNDS):
+            vm_id = sp.new_vm()
+            request = messages.LaunchVm(vm_id=vm_id)
+            answered = kill_within(sp, partial(sp.info, request), longest_s, generator)
+            sp.start()
+            vm = sp.vm(vm_id)
+            assert (vm.vtpm is not None, vm.boots) in ((True, 1), (False, 0))
+            assert vm.vtpm is not None or not answered
+            made += vm.vtpm is not None
+            sp.info(messages.StartVm(vm_id=vm_id) if vm.vtpm else request)
+            leave_traces(sp, vm_id, b"it works")
+        assert 0 < made < ROUNDS
+
+
+def test_a_destruction_at_random_moments_is_done_whole_or_not_at_all(state_directory: Path) -> None:
+    generator = random.Random(20_265)  # noqa: S311  # moments, not secrets
+    with RunningSp(state_directory) as sp:
+        first = sp.launch()
+        longest_s = 1.5 * typical_s(lambda: sp.destroy(first))
+        gone = 0
+        for _round in range(ROUNDS):
+            story = Story(sp, sp.new_vm())
+            story.use(launch=True)
+            vtpm = sp.vm(story.vm_id).vtpm
+            assert vtpm is not None
+            answered = kill_within(sp, partial(sp.destroy, story.vm_id), longest_s, generator)
+            sp.start()
+            with sp.channel() as channel:
+                state = channel.fate(vtpm.vtpm_id).state
+            assert state in ("here", "destroyed")
+            assert state == "destroyed" or not answered
+            gone += state == "destroyed"
+            if state == "here":
+                story.use(launch=False)
+        assert 0 < gone < ROUNDS
