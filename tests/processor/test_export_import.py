@@ -50,7 +50,7 @@ from tests.guests_view import find_traces, hibernated_with_traces, leave_traces,
 from tests.harness import RunningSp
 from tests.owner import ANYTHING, Owner
 from tests.papers import new_papers, todays_papers
-from tests.processor.processes import Doomed, wait_until
+from tests.processor.processes import Doomed, full_disk, wait_until
 
 
 @pytest.fixture
@@ -196,6 +196,19 @@ def test_an_owner_who_missed_the_answer_learns_the_fate(sp: RunningSp) -> None:
         assert channel.fate(begins.vtpm_id).state == "here"
     with sp.channel(Owner()) as channel:
         assert channel.fate(begins.vtpm_id).state == "unknown"
+
+
+@pytest.mark.attack("A16")
+def test_a_start_that_could_not_be_made_durable_has_made_the_file_void_too(sp: RunningSp) -> None:
+    """A guest may have run for a moment, and written."""
+    vm_id, _traces = stopped_with_traces(sp)
+    with sp.channel() as channel:
+        begins, file = channel.take_export(vm_id)
+        with full_disk(sp), pytest.raises(ResourceError):
+            sp.call(messages.StartVm(vm_id=vm_id))
+        with pytest.raises(ExportSuperseded, match="since"):
+            channel.acknowledge(vm_id, begins, file)
+        assert channel.fate(begins.vtpm_id).state == "here"
 
 
 # Refused

@@ -52,13 +52,11 @@ class Export:
 
     Attributes:
         begins: what was announced.
-        boots: of the VM then; another boot makes the file void.
         sha256: of the file.
         file: the file; encrypted.
     """
 
     begins: ExportBegins
-    boots: int
     sha256: bytes
     file: bytes
 
@@ -80,7 +78,7 @@ class Exporter:
         self._estate = estate
         self._owner = owner
         self._turn = turn
-        self._given_out: dict[uuid.UUID, tuple[ExportBegins, int, bytes]] = {}
+        self._given_out: dict[uuid.UUID, tuple[ExportBegins, VmSecurityBlock, bytes]] = {}
 
     async def begin(self, vm_id: uuid.UUID) -> Export:
         """Packs and encrypts a vTPM in a version that no other file has.
@@ -103,8 +101,8 @@ class Exporter:
             size_bytes=len(file),
             hibernated=block.state is VmState.HIBERNATED,
         )
-        export = Export(begins, block.boots, hashlib.sha256(file).digest(), file)
-        self._given_out[vm_id] = begins, block.boots, export.sha256
+        export = Export(begins, hashlib.sha256(file).digest(), file)
+        self._given_out[vm_id] = begins, block, export.sha256
         return export
 
     def _seal(self, block: VmSecurityBlock) -> bytes:
@@ -139,10 +137,10 @@ class Exporter:
         estate = self._estate
         async with estate.table.lock(request.vm_id):
             block = estate.owned(self._owner, request.vm_id)
-            begins, boots, sha256 = self._given_out.get(request.vm_id, (None, 0, b""))
+            begins, given_out, sha256 = self._given_out.get(request.vm_id, (None, None, b""))
             if begins is None or (begins.version, sha256) != (request.version, request.sha256):
                 raise ExportSuperseded(f"version {request.version} of VM {request.vm_id} is no file given out here")
-            if (block.version, block.boots) != (begins.version, boots):
+            if block is not given_out:  # blocks are replaced, never changed
                 raise ExportSuperseded(f"the vTPM of VM {request.vm_id} was used or exported again since")
             entry = Entry(self._owner, "exported", block.version, block.version, sha256)
             await estate.remove(block, entry, self._turn)

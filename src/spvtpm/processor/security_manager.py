@@ -10,6 +10,8 @@ import asyncio
 import logging
 import uuid
 
+from msgspec.structs import replace
+
 from spvtpm.processor.allowed import Here
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.rollback_guard import RollbackGuard
@@ -154,8 +156,8 @@ class SecurityManager:
             (unsaved,) = await asyncio.gather(saving, return_exceptions=True)
             stopped = await self._stop(started)
             await self._release(stopped)
-            if unsaved is not None:
-                self._table.put(block)
+            if unsaved is not None:  # as it was, but another: a guest may have run, so a file given out before is void
+                self._table.put(replace(block))
             raise
 
     async def _resume(self, block: VmSecurityBlock, resumed: VmSecurityBlock) -> None:
