@@ -43,6 +43,7 @@ class Export:
     content: bytes
     pcr: bytes
     hibernated: bool
+    started: bool
     secret: bytes
     acknowledged: bool = False
 
@@ -60,7 +61,7 @@ class OwnersBelief(RuleBasedStateMachine):
         self.state = ""
         self.boots = 0
         self.made = False  # whether there is a vTPM
-        self.started = False  # whether the guest has started it in this boot
+        self.started = False  # whether the guest has started it since it was cold
         self.content, self.pcr = b"", bytes(32)
         self.version = 0
         self.secret = self.owner.user_secret
@@ -124,7 +125,17 @@ class OwnersBelief(RuleBasedStateMachine):
         assert self.place is not None
         pcr = self.pcr if header.hibernated else bytes(32)
         self.files.append(
-            Export(file, self.version, self.place, self.boots, self.content, pcr, header.hibernated, self.secret)
+            Export(
+                file,
+                self.version,
+                self.place,
+                self.boots,
+                self.content,
+                pcr,
+                header.hibernated,
+                self.started,
+                self.secret,
+            )
         )
 
     @precondition(lambda self: self.place is not None and bool(self.files))
@@ -166,6 +177,7 @@ class OwnersBelief(RuleBasedStateMachine):
         self.place, self.state, self.boots, self.made = place, vm.state, 0, True
         self.secret = export.secret
         self.version, self.content, self.pcr = export.version, export.content, export.pcr
+        self.started = export.started
 
     @precondition(lambda self: self.place is not None)
     @rule()
@@ -201,9 +213,8 @@ class OwnersBelief(RuleBasedStateMachine):
             self._booted()
 
     def _booted(self) -> None:
-        self.started = self.state == "hibernated" and bool(self.content)
         if self.state != "hibernated":
-            self.pcr = bytes(32)
+            self.started, self.pcr = False, bytes(32)
         self.state, self.made = "running", True
         self.boots += 1
 
