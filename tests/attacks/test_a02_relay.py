@@ -175,6 +175,20 @@ def test_a_recorded_message_says_nothing_in_another_channel(estate: Estate, rela
 # Held back
 
 
+def hold_back(relay: Relay, wanted: int) -> list[bytes]:
+    """Has the relay keep this frame of the owner's, and what comes after it in that channel; where it will be."""
+    held: list[bytes] = []
+
+    def hook(sender: Side, number: int, frame: bytes) -> list[bytes]:
+        if sender == "owner" and number == wanted:
+            held.append(frame)
+            raise Held
+        return [frame]
+
+    relay.hook = hook
+    return held
+
+
 @pytest.mark.attack("A09")
 @pytest.mark.claim("B3")
 def test_an_import_that_is_held_back_until_its_owner_has_gone_elsewhere_makes_no_second_life(
@@ -184,15 +198,7 @@ def test_an_import_that_is_held_back_until_its_owner_has_gone_elsewhere_makes_no
     """The relay keeps the last piece; the owner asks, is told that nothing came, and imports at another chip."""
     vm_id = estate.stopped_vm()
     vtpm_id = estate.export(vm_id, "held").known.vtpm_id
-    held: list[bytes] = []
-
-    def hook(sender: Side, number: int, frame: bytes) -> list[bytes]:
-        if sender == "owner" and number == 5:
-            held.append(frame)
-            raise Held
-        return [frame]
-
-    relay.hook = hook
+    held = hold_back(relay, 5)
     with pytest.raises(ChannelError):
         estate.bring(vm_id, "held", channel=relay.path)
     assert isinstance(estate.place(vtpm_id), Importing)
@@ -210,15 +216,7 @@ def test_an_import_that_is_held_back_is_made_if_nobody_has_asked(estate: Estate,
     """The attack on the unprotected value: but for the question, what comes late is as good as what comes in time."""
     vm_id = estate.stopped_vm()
     vtpm_id = estate.export(vm_id, "late").known.vtpm_id
-    held: list[bytes] = []
-
-    def hook(sender: Side, number: int, frame: bytes) -> list[bytes]:
-        if sender == "owner" and number == 5:
-            held.append(frame)
-            raise Held
-        return [frame]
-
-    relay.hook = hook
+    held = hold_back(relay, 5)
     with pytest.raises(ChannelError):
         estate.bring(vm_id, "late", channel=relay.path)
     forgetful = Keyring.open(estate.keyring.directory, bytes)
@@ -237,15 +235,7 @@ def test_an_acknowledgement_that_is_held_back_until_its_owner_was_told_that_all_
 ) -> None:
     vm_id = estate.stopped_vm()
     vtpm_id = estate.vtpm_of(vm_id)
-    held: list[bytes] = []
-
-    def hook(sender: Side, number: int, frame: bytes) -> list[bytes]:
-        if sender == "owner" and number == 6:
-            held.append(frame)
-            raise Held
-        return [frame]
-
-    relay.hook = hook
+    held = hold_back(relay, 6)
     with pytest.raises(ChannelError):
         estate.export(vm_id, "unheard", channel=relay.path)
     assert estate.desk().fate(vtpm_id).state == "here"

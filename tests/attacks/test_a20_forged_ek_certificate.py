@@ -90,24 +90,7 @@ def credential_opens(tools: Tools, certificate: EkCertificate) -> bool:
     """A credential for the key in the certificate, and an attestation key of this TPM; whether this TPM opens it."""
     key = certificate.certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     tools.run("tpm2_createek", "-Q", "-c", "ek.ctx", "-G", "ecc", "-u", "ek.pub")
-    tools.run(
-        "tpm2_createak",
-        "-Q",
-        "-C",
-        "ek.ctx",
-        "-c",
-        "ak.ctx",
-        "-G",
-        "ecc",
-        "-g",
-        "sha256",
-        "-s",
-        "ecdsa",
-        "-n",
-        "ak.name",
-    )
-    tools.flush("-t")
-    name = tools.read("ak.name").hex()
+    name = tools.attestation_key_under("ek.ctx")
     tools.run(
         *("tpm2_makecredential", "-Q", "-T", "none", "-G", "ecc", "-u", tools.write("certified.pem", key)),
         *("-s", tools.write("secret", CREDENTIAL), "-n", name, "-o", "credential"),

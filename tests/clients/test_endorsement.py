@@ -96,25 +96,8 @@ def test_a_credential_made_for_the_certified_key_is_opened(
     certificate = x509.load_der_x509_certificate(tools.run("tpm2_nvread", hex(template.nv_index)))
     tools.write("certified.pem", certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     tools.run("tpm2_createek", "-Q", "-G", algorithm, "-c", "ek.ctx", "-u", "ek.pub")
-    tools.run(
-        "tpm2_createak",
-        "-Q",
-        "-C",
-        "ek.ctx",
-        "-c",
-        "ak.ctx",
-        "-G",
-        "ecc",
-        "-g",
-        "sha256",
-        "-s",
-        "ecdsa",
-        "-n",
-        "ak.name",
-    )
-    tools.flush("-t")
     tools.write("secret", b"a credential")
-    name = tools.read("ak.name").hex()
+    name = tools.attestation_key_under("ek.ctx")
     key = (
         ("-u", "ek.pub") if algorithm == "ecc384" else ("-G", algorithm, "-u", "certified.pem")
     )  # a PEM is read as SHA-256's

@@ -59,6 +59,13 @@ class Tools:
         for kind in kinds or ("-t",):
             self.run("tpm2_flushcontext", kind)
 
+    def attestation_key_under(self, ek: str) -> str:
+        """Makes an attestation key, `ak.ctx`; its name in hexadecimal, as tools want it for a credential."""
+        parts = ("-c", "ak.ctx", "-G", "ecc", "-g", "sha256", "-s", "ecdsa", "-n", "ak.name")
+        self.run("tpm2_createak", "-Q", "-C", ek, *parts)
+        self.flush("-t")
+        return self.read("ak.name").hex()
+
     def pcr(self, number: int, bank: str = "sha256") -> bytes:
         """A PCR."""
         return bytes.fromhex(self.run("tpm2_pcrread", f"{bank}:{number}").decode().rpartition("0x")[2].strip())

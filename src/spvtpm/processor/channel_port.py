@@ -54,9 +54,6 @@ class Session(Protocol):
     def answers(self, payload: bytes) -> AsyncIterator[bytes]:
         """The replies to one message, as they come."""
 
-    def close(self) -> None:
-        """The channel is gone."""
-
 
 class ChannelPort:
     """Accepts relayed channels at `path`.
@@ -160,7 +157,6 @@ class ChannelPort:
         except (PeerError, TimeoutError) as error:
             log.info("a channel ended: %s", error or "it fell silent")
         finally:
-            session.close()
             channel.close()
         await relay.send(*channel.frames())
 

@@ -64,10 +64,6 @@ class OwnerSession:
             log.exception("an owner's request met a defect")
             yield encode_owner_message(error_reply(SpvtpmError("the secure processor met a defect; its log says more")))
 
-    def close(self) -> None:
-        """The channel is gone: what was not finished did not happen."""
-        self._import = None
-
     async def _answers(self, request: OwnerRequest) -> AsyncIterator[OwnerReply]:
         if isinstance(request, Piece):
             done = await self._feed(request)

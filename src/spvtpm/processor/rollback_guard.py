@@ -66,6 +66,9 @@ class RollbackGuard:
         self._lock = asyncio.Lock()
         self._under_way = set[asyncio.Future[None]]()
         self._epoch = _epoch(store)
+        self._counted: int | None = (
+            None  # where the counter stands, once that is known: asking it may take as long as a step
+        )
 
     async def milestone(self, changes: Sequence[Change]) -> None:
         """Returns once the changes are durable, and every older copy of the store is worthless.
@@ -94,10 +97,13 @@ class RollbackGuard:
         """The store may be one ahead: a milestone just now, or a crash before the counter was reached."""
         while True:
             try:
-                if await asyncio.to_thread(self._counter.read) < self._epoch:
-                    await asyncio.to_thread(self._counter.increment)
+                if self._counted is None:
+                    self._counted = await asyncio.to_thread(self._counter.read)
+                if self._counted < self._epoch:
+                    self._counted = await asyncio.to_thread(self._counter.increment)
                 return
             except FusesError as error:
+                self._counted = None
                 log.error("the chip's counter does not answer, and lifecycles wait for it: %s", error)
                 await asyncio.sleep(_RETRY_S)
 

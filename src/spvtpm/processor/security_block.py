@@ -26,11 +26,11 @@ from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, WrongState
-from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.instance_content import Label, Policy
 from spvtpm.wire.instance_file import SECRET_BYTES
 from spvtpm.wire.mailbox import KEY_BYTES, derive_boot_key
 from spvtpm.wire.owner_certificates import FINGERPRINT_BYTES
-from spvtpm.wire.owner_messages import MAX_EVENTS, Event, Label
+from spvtpm.wire.owner_messages import MAX_EVENTS, Event
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _BOOT_ID_BYTES = 16

@@ -119,7 +119,7 @@ class VtpmManager:
         return vtpm
 
     async def destroy(self, vtpm_id: uuid.UUID, with_changes: Sequence[Change], commit: Commit) -> None:
-        """Destroys a vTPM; its records go together with `with_changes`.
+        """Destroys a vTPM that was abandoned; its records go together with `with_changes`.
 
         Args:
             vtpm_id: of the vTPM.
@@ -128,10 +128,9 @@ class VtpmManager:
 
         Raises:
             NotFound: there is none.
-            StorageError: nothing was destroyed but the boot under way.
+            StorageError: nothing was destroyed.
         """
-        vtpm = self.get(vtpm_id)
-        await vtpm.abandon()
+        self.get(vtpm_id)
         await commit([*_removal(vtpm_id), *with_changes])
         del self._vtpms[vtpm_id]
 

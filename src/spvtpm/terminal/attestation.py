@@ -31,7 +31,7 @@ from spvtpm.wire.certificate_policies import (
     genuine,
 )
 from spvtpm.wire.certificates import Chain, parse_chain
-from spvtpm.wire.endorsement_certificates import parse_ek_certificate, verify_endorsed
+from spvtpm.wire.endorsement_certificates import verify_all_endorsed
 from spvtpm.wire.errors import RevocationUnknown, UntrustedIssuer
 from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.revocation import RevocationList
@@ -139,8 +139,7 @@ def verify_endorsement(endorsement: Endorsement, vtpm_id: uuid.UUID, demands: De
     """
     chain = parse_chain(endorsement.issuer)
     revoked = _verify_genuine(chain, Purpose.CHIP, demands, now)
-    for ek in map(parse_ek_certificate, endorsement.certificates):
-        verify_endorsed(ek, chain, vtpm_id)
+    verify_all_endorsed(endorsement, chain, vtpm_id)
     return _result(chain, revoked)
 
 

@@ -224,7 +224,7 @@ def find_vm(session: OwnerSession, vm_id: uuid.UUID) -> MyVm:
     Raises:
         NotFound: there is none of this id.
     """
-    vm = next((vm for vm in session.list_mine() if vm.vm_id == vm_id), None)
+    vm = session.find(vm_id)
     if vm is None:
         raise NotFound(f"there is no VM {vm_id} of this owner at the chip {session.verified.chip_id.hex()}")
     return vm

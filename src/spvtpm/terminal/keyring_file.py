@@ -26,7 +26,7 @@ from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import CertificateError, KeyringError, WrongPassphrase
 from spvtpm.wire.instance_file import SECRET_BYTES
 from spvtpm.wire.owner_certificates import parse_owner_certificate
-from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
+from spvtpm.wire.vtpm_endorsement import DerCertificate
 
 FORMAT: Final = 1
 MAX_KEYRING_BYTES: Final = 1 << 23
@@ -37,7 +37,6 @@ MAX_VTPMS: Final = 8192
 MAX_PASSPHRASE_BYTES: Final = 1024
 
 _Secret = Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
-_Certificate = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 
 
 class ListSeen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,9 +64,9 @@ class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """
 
     owner_key: Annotated[bytes, Meta(min_length=1, max_length=512)]
-    certificate: _Certificate
+    certificate: DerCertificate
     user_secrets: Annotated[tuple[_Secret, ...], Meta(min_length=1, max_length=MAX_SECRETS)]
-    roots: Annotated[tuple[_Certificate, ...], Meta(max_length=MAX_ROOTS)] = ()
+    roots: Annotated[tuple[DerCertificate, ...], Meta(max_length=MAX_ROOTS)] = ()
     lists_seen: Annotated[tuple[ListSeen, ...], Meta(max_length=MAX_LISTS)] = ()
     vtpms: Annotated[tuple[Known, ...], Meta(max_length=MAX_VTPMS)] = ()
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from spvtpm.terminal.attestation import Verified
 from spvtpm.terminal.relay import Relay
 from spvtpm.wire.channel import Introduce, Knock, Papers, SecureChannel, encode_clear, parse_clear
+from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import ChannelError, InstanceFileError, MessageError, SpvtpmError, error_from_code
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.messages import Endorsement, ErrorReply
@@ -212,6 +213,12 @@ class OwnerSession:
             if not page.more or not page.vms or len(vms) > MAX_MY_VMS:
                 return vms
 
+    def find(self, vm_id: uuid.UUID) -> MyVm | None:
+        """One of this owner's VMs there, if it is: the first of those behind the id before."""
+        before = uuid.UUID(int=vm_id.int - 1) if vm_id.int else None
+        page = self._ask(ListMine(after=before), MyVms)
+        return next((vm for vm in page.vms if vm.vm_id == vm_id), None)
+
     def ask_fate(self, vtpm_id: uuid.UUID) -> Fate:
         """What became of a vTPM there."""
         fate = self._ask(AskFate(vtpm_id=vtpm_id), Fate)
@@ -262,7 +269,7 @@ class OwnerSession:
         reply = parse_owner_reply(self._messages.pop(0))
         if isinstance(reply, ErrorReply):
             self.has_refused = True
-            raise error_from_code(reply.code, _readable(reply.message))
+            raise error_from_code(reply.code, printable(reply.message))
         if not isinstance(reply, kind):
             raise MessageError(f"the secure processor answered with {type(reply).__name__}, not with {kind.__name__}")
         return reply
@@ -290,12 +297,7 @@ def _raise_if_refused(frame: bytes) -> None:
     with suppress(MessageError):
         message = parse_clear(frame)
         if isinstance(message, ErrorReply):
-            raise ChannelError(f"the channel was refused, in clear: {_readable(message.message)}")
-
-
-def _readable(sentence: str) -> str:
-    """Without anything that would act on a person's screen."""
-    return "".join(character if character.isprintable() else "�" for character in sentence)
+            raise ChannelError(f"the channel was refused, in clear: {printable(message.message)}")
 
 
 def _about(reply: _Reply, is_answer: bool) -> _Reply:

@@ -22,8 +22,9 @@ from msgspec.structs import replace
 
 from spvtpm.wire.certificate_extensions import CHIP_ID_BYTES
 from spvtpm.wire.errors import StaleInstance
+from spvtpm.wire.instance_content import Label
 from spvtpm.wire.instance_header import MAX_INSTANCE_VERSION, InstanceHeader
-from spvtpm.wire.owner_messages import Fate, Label
+from spvtpm.wire.owner_messages import Fate
 
 MAX_PATH_CHARACTERS = 4096
 """Source: Linux, limits.h, PATH_MAX."""

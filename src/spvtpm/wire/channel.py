@@ -27,21 +27,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import Certificate
 from msgspec import Meta
 
-from spvtpm.wire.decoding import UNDECODABLE, in_words
-from spvtpm.wire.errors import ChannelError, MessageError
+from spvtpm.wire.errors import ChannelError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import ErrorReply
-from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
+from spvtpm.wire.versioned import VersionedDecoder, encode_versioned
+from spvtpm.wire.vtpm_endorsement import DerCertificate
 
 VERSION: Final = 1
-_VERSION_BYTE: Final = bytes([VERSION])
 
 MAX_CHANNEL_FRAME_BYTES: Final = 1 << 16
 """The longest frame that a relay carries for a channel."""
 
 _READ_BYTES: Final = 1 << 16
 _CHAIN_CERTIFICATES: Final = 4
-_Der = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 
 
 class _Clear(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -55,23 +53,22 @@ class Knock(_Clear, frozen=True):
 class Papers(_Clear, frozen=True):
     """The SP's chain: channel certificate, chip EK, the vendor's intermediate, the vendor's root; DER."""
 
-    chain: Annotated[tuple[_Der, ...], Meta(min_length=_CHAIN_CERTIFICATES, max_length=_CHAIN_CERTIFICATES)]
+    chain: Annotated[tuple[DerCertificate, ...], Meta(min_length=_CHAIN_CERTIFICATES, max_length=_CHAIN_CERTIFICATES)]
 
 
 class Introduce(_Clear, frozen=True):
     """The owner's certificate, DER (`owner_certificates.py`)."""
 
-    certificate: _Der
+    certificate: DerCertificate
 
 
 ClearMessage = Knock | Papers | Introduce | ErrorReply
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[ClearMessage] = msgspec.msgpack.Decoder(ClearMessage)
+_clear: VersionedDecoder[ClearMessage] = VersionedDecoder(VERSION, ClearMessage, " of the channel")
 
 
 def encode_clear(message: ClearMessage) -> bytes:
     """What is said before TLS, as one frame's payload."""
-    return _VERSION_BYTE + _encoder.encode(message)
+    return encode_versioned(VERSION, message)
 
 
 def parse_clear(payload: bytes) -> ClearMessage:
@@ -80,13 +77,7 @@ def parse_clear(payload: bytes) -> ClearMessage:
     Raises:
         MessageError: it is no such message of this version.
     """
-    if payload[:1] != _VERSION_BYTE:
-        found = f"version {payload[0]}" if payload else "nothing"
-        raise MessageError(f"not understood: {found} where version {VERSION} of the channel was expected")
-    try:
-        return _decoder.decode(memoryview(payload)[1:])
-    except UNDECODABLE as error:
-        raise MessageError(f"not understood: {in_words(error)}") from None
+    return _clear.decode(payload)
 
 
 class SecureChannel:

@@ -21,14 +21,13 @@ from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import ChipFileError, SpvtpmError
 from spvtpm.wire.generations import MAX_GENERATION, SECRET_BYTES
-from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
+from spvtpm.wire.vtpm_endorsement import DerCertificate
 
 FORMAT = 2
 MAX_CHIP_FILE_BYTES = 16384
 
 _MAX_KEY_BYTES = 512
 _Secret32 = Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
-_Der = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 
 
 class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,7 +49,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     generation: Annotated[int, Meta(ge=1, le=MAX_GENERATION)]
     sp_secret: _Secret32
     endorsement_key: Annotated[bytes, Meta(min_length=1, max_length=_MAX_KEY_BYTES)]
-    certificates: tuple[_Der, _Der, _Der]
+    certificates: tuple[DerCertificate, DerCertificate, DerCertificate]
 
     def __repr__(self) -> str:
         return f"Chip(chip_id={self.chip_id.hex()}, fleet_id={self.fleet_id.hex()}, generation={self.generation})"

@@ -15,4 +15,9 @@ def in_words(error: Exception) -> str:
 
     It quotes the bytes that it could not take, which are the other side's: they may be long, forge lines, or act on a screen.
     """
-    return "".join(character if character.isprintable() else "�" for character in str(error)[:_MAX_WORDS])
+    return printable(str(error)[:_MAX_WORDS])
+
+
+def printable(text: str) -> str:
+    """Without anything that would act on a person's screen, or begin a line in a log."""
+    return "".join(character if character.isprintable() else "�" for character in text)

@@ -176,6 +176,16 @@ def verify_endorsement(
     """
     chain = parse_chain(endorsement.issuer)
     policy.verify(chain)
+    return verify_all_endorsed(endorsement, chain, vtpm_id)
+
+
+def verify_all_endorsed(endorsement: VtpmEndorsement, chain: Chain, vtpm_id: uuid.UUID) -> tuple[EkCertificate, ...]:
+    """As `verify_endorsement`, where the issuer's chain is verified already.
+
+    Raises:
+        CertificateError: a certificate is malformed.
+        UntrustedIssuer: one is not this chip's for this vTPM.
+    """
     certificates = tuple(map(parse_ek_certificate, endorsement.certificates))
     for ek in certificates:
         verify_endorsed(ek, chain, vtpm_id)

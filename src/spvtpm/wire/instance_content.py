@@ -32,7 +32,7 @@ MAX_LABEL_CHARACTERS: Final[int] = 256
 
 _ChipId = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
 _PcrBank = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]
-_Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARACTERS, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARACTERS, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 _State = Annotated[bytes, Meta(min_length=1, max_length=MAX_PERMANENT_BYTES)]
 _VolatileState = Annotated[bytes, Meta(min_length=1, max_length=MAX_VOLATILE_BYTES)]
 
@@ -81,7 +81,7 @@ class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     volatile: _VolatileState | None
     policy: Policy
     endorsement: VtpmEndorsement
-    label: _Label
+    label: Label
 
     def __repr__(self) -> str:
         return "_Content()"

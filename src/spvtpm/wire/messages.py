@@ -7,17 +7,16 @@ Another version is refused.
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from spvtpm.wire.decoding import UNDECODABLE, in_words
-from spvtpm.wire.errors import MessageError, SpvtpmError
+from spvtpm.wire.errors import SpvtpmError
+from spvtpm.wire.versioned import VersionedDecoder, encode_versioned
 from spvtpm.wire.vtpm_endorsement import VtpmEndorsement
 
 VERSION = 1
-_VERSION_BYTE = bytes([VERSION])
 
 MAX_REQUEST_BYTES = 4096
 """A hypervisor's request is small; the bound keeps what an unread connection can hold small too."""
@@ -209,25 +208,13 @@ def error_reply(error: SpvtpmError) -> ErrorReply:
 
 Reply = VmInfo | VmList | Status | Endorsement | ErrorReply
 
-_Message = TypeVar("_Message")
-_encoder = msgspec.msgpack.Encoder()
-_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_requests: VersionedDecoder[Request] = VersionedDecoder(VERSION, Request)
+_replies: VersionedDecoder[Reply] = VersionedDecoder(VERSION, Reply)
 
 
 def encode_message(message: Request | Reply) -> bytes:
     """The message as one frame's payload."""
-    return _VERSION_BYTE + _encoder.encode(message)
-
-
-def _parse(decoder: msgspec.msgpack.Decoder[_Message], payload: bytes) -> _Message:
-    if payload[:1] != _VERSION_BYTE:
-        found = f"version {payload[0]}" if payload else "nothing"
-        raise MessageError(f"not understood: {found} where version {VERSION} was expected")
-    try:
-        return decoder.decode(memoryview(payload)[1:])
-    except UNDECODABLE as error:
-        raise MessageError(f"not understood: {in_words(error)}") from None
+    return encode_versioned(VERSION, message)
 
 
 def parse_request(payload: bytes) -> Request:
@@ -236,7 +223,7 @@ def parse_request(payload: bytes) -> Request:
     Raises:
         MessageError: it is no request of this version.
     """
-    return _parse(_request_decoder, payload)
+    return _requests.decode(payload)
 
 
 def parse_reply(payload: bytes) -> Reply:
@@ -245,4 +232,4 @@ def parse_reply(payload: bytes) -> Reply:
     Raises:
         MessageError: it is no answer of this version.
     """
-    return _parse(_reply_decoder, payload)
+    return _replies.decode(payload)

@@ -15,20 +15,18 @@ Format: docs/formats/owner-messages.md.
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from spvtpm.wire.decoding import UNDECODABLE
-from spvtpm.wire.errors import MessageError
-from spvtpm.wire.instance_content import MAX_LABEL_CHARACTERS, Policy
+from spvtpm.wire.instance_content import Label, Policy
 from spvtpm.wire.instance_file import MAX_FILE_BYTES, SECRET_BYTES
 from spvtpm.wire.mailbox import KEY_BYTES
 from spvtpm.wire.messages import Endorsement, ErrorReply
+from spvtpm.wire.versioned import VersionedDecoder, encode_versioned
 
 VERSION: Final = 1
-_VERSION_BYTE: Final = bytes([VERSION])
 
 PIECE_BYTES: Final = 1 << 16
 """An instance file travels in pieces of at most this size."""
@@ -47,7 +45,6 @@ _Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _Size = Annotated[int, Meta(ge=1, le=MAX_FILE_BYTES)]
 _Version = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Time = Annotated[int, Meta(ge=0, le=253_402_300_799)]
-Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARACTERS, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -298,26 +295,16 @@ OwnerRequest = (
 )
 OwnerReply = ExportBegins | Piece | Fate | MyVm | MyVms | Rotated | Events | Endorsement | Done | ErrorReply
 
-_AnyMessage = TypeVar("_AnyMessage")
-_encoder = msgspec.msgpack.Encoder()
-_request_decoder: msgspec.msgpack.Decoder[OwnerRequest] = msgspec.msgpack.Decoder(OwnerRequest)
-_reply_decoder: msgspec.msgpack.Decoder[OwnerReply] = msgspec.msgpack.Decoder(OwnerReply)
+_UNREADABLE = "no message of the owner's session, or out of bounds"
+"""Instead of the decoder's own words, which could quote a secret that it could not read."""
+
+_requests: VersionedDecoder[OwnerRequest] = VersionedDecoder(VERSION, OwnerRequest, unreadable=_UNREADABLE)
+_replies: VersionedDecoder[OwnerReply] = VersionedDecoder(VERSION, OwnerReply, unreadable=_UNREADABLE)
 
 
 def encode_owner_message(message: OwnerRequest | OwnerReply) -> bytes:
     """The message as one payload; at most `MAX_OWNER_MESSAGE_BYTES`."""
-    return _VERSION_BYTE + _encoder.encode(message)
-
-
-def _parse(decoder: msgspec.msgpack.Decoder[_AnyMessage], payload: bytes) -> _AnyMessage:
-    if payload[:1] != _VERSION_BYTE:
-        found = f"version {payload[0]}" if payload else "nothing"
-        raise MessageError(f"not understood: {found} where version {VERSION} was expected")
-    try:
-        return decoder.decode(memoryview(payload)[1:])
-    except UNDECODABLE:
-        # The decoder's own message is left out: it could quote a secret that it could not read.
-        raise MessageError("not understood: no message of the owner's session, or out of bounds") from None
+    return encode_versioned(VERSION, message)
 
 
 def parse_owner_request(payload: bytes) -> OwnerRequest:
@@ -326,7 +313,7 @@ def parse_owner_request(payload: bytes) -> OwnerRequest:
     Raises:
         MessageError: it is no request of this version. Nothing of it is quoted.
     """
-    return _parse(_request_decoder, payload)
+    return _requests.decode(payload)
 
 
 def parse_owner_reply(payload: bytes) -> OwnerReply:
@@ -335,4 +322,4 @@ def parse_owner_reply(payload: bytes) -> OwnerReply:
     Raises:
         MessageError: it is no answer of this version.
     """
-    return _parse(_reply_decoder, payload)
+    return _replies.decode(payload)

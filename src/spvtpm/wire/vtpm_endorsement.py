@@ -20,7 +20,7 @@ MAX_CERTIFICATE_BYTES: Final = 2048
 
 MAX_ENDORSEMENTS: Final = 8
 
-Certificate = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
+DerCertificate = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 """DER."""
 
 
@@ -32,8 +32,8 @@ class VtpmEndorsement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         issuer: the chain of the chip that made the vTPM: chip EK, the vendor's intermediate, the vendor's root.
     """
 
-    certificates: Annotated[tuple[Certificate, ...], Meta(max_length=MAX_ENDORSEMENTS)]
-    issuer: tuple[Certificate, Certificate, Certificate]
+    certificates: Annotated[tuple[DerCertificate, ...], Meta(max_length=MAX_ENDORSEMENTS)]
+    issuer: tuple[DerCertificate, DerCertificate, DerCertificate]
 
 
 _encoder = msgspec.msgpack.Encoder()

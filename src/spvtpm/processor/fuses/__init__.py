@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.wire.certificate_building import Issuer
+from spvtpm.wire.chip_file import Chip
 
 
 class MonotonicCounter(Protocol):
@@ -53,6 +54,12 @@ class Fuses:
     endorsement: Issuer
     certificates: tuple[bytes, bytes, bytes]
     counter: MonotonicCounter
+
+    @classmethod
+    def of_chip(cls, chip: Chip, counter: MonotonicCounter) -> Self:
+        """What a whole chip file holds, with a counter beside it."""
+        secret = SpSecret(chip.fleet_id, chip.generation, chip.sp_secret)
+        return cls(chip.chip_id, chip.storage_root_key, secret, chip.issuer(), chip.certificates, counter)
 
     def __repr__(self) -> str:
         return f"Fuses(chip_id={self.chip_id.hex()})"

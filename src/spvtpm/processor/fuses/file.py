@@ -10,7 +10,6 @@ from pathlib import Path
 
 from spvtpm.files import create_file, read_file, replace_file
 from spvtpm.processor.fuses import Fuses
-from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.wire.chip_file import MAX_CHIP_FILE_BYTES, Chip, encode_chip_file, parse_chip_file
 from spvtpm.wire.errors import ChipFileError, FusesError, StorageError
 
@@ -83,6 +82,4 @@ def load_from_file(directory: Path) -> Fuses:
         raise FusesError(f"the fuses in {directory}: {error}") from None
     except StorageError as error:
         raise FusesError(str(error)) from None
-    secret = SpSecret(chip.fleet_id, chip.generation, chip.sp_secret)
-    counter = FileCounter(directory / "counter")
-    return Fuses(chip.chip_id, chip.storage_root_key, secret, chip.issuer(), chip.certificates, counter)
+    return Fuses.of_chip(chip, FileCounter(directory / "counter"))

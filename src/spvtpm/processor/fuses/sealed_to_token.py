@@ -24,12 +24,11 @@ from spvtpm.wire.checksummed import ChecksummedFile
 from spvtpm.wire.chip_file import Chip
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import FusesError, SpvtpmError
-from spvtpm.wire.vtpm_endorsement import MAX_CERTIFICATE_BYTES
+from spvtpm.wire.vtpm_endorsement import DerCertificate
 
 _LABEL = b"spvtpm fuses sealed to a token v1"
 _Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
-_Der = Annotated[bytes, Meta(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 
 
 class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +45,7 @@ class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     storage_root_key: _Bytes32
     generation: int
     sp_secret: _Bytes32
-    certificates: tuple[_Der, _Der, _Der]
+    certificates: tuple[DerCertificate, DerCertificate, DerCertificate]
 
 
 _FILE = ChecksummedFile("sealed", 1, _Sealed)

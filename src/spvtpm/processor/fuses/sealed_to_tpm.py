@@ -15,7 +15,6 @@ from spvtpm.files import create_file
 from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.host_tpm import CounterIndex, HostTpm, SealedKey, host_tpm
 from spvtpm.processor.fuses.sealing import KEY_BYTES, MAX_SEALED_BYTES, new_key, read_sealed_file, seal, unseal
-from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.wire.checksummed import ChecksummedFile
 from spvtpm.wire.chip_file import MAX_CHIP_FILE_BYTES, Chip, encode_chip_file, parse_chip_file
 from spvtpm.wire.decoding import UNDECODABLE
@@ -121,11 +120,4 @@ def _fuses(decrypted: bytes, tcti: str) -> Fuses:
     except (*UNDECODABLE, ChipFileError):
         raise FusesError("what was sealed to the host's TPM is no chip") from None
     counter = CounterIndex(content.counter_index, content.counter_name, content.counter_auth)
-    return Fuses(
-        chip.chip_id,
-        chip.storage_root_key,
-        SpSecret(chip.fleet_id, chip.generation, chip.sp_secret),
-        chip.issuer(),
-        chip.certificates,
-        TpmCounter(tcti, counter, content.counter_base),
-    )
+    return Fuses.of_chip(chip, TpmCounter(tcti, counter, content.counter_base))

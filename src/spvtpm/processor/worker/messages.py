@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE, in_words
 from spvtpm.wire.errors import MessageError
-from spvtpm.wire.vtpm_endorsement import MAX_ENDORSEMENTS, Certificate
+from spvtpm.wire.vtpm_endorsement import MAX_ENDORSEMENTS, DerCertificate
 
 MAX_PERMANENT_BYTES = 256 * 1024
 """Bound of a permanent state. libtpms: 128 KiB + 65 * 704 bytes of NV memory, plus its header (TpmProfile_Misc.h)."""
@@ -101,8 +101,8 @@ class Endorsed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
         issuer: the chip's chain.
     """
 
-    certificates: Annotated[list[Certificate], Meta(max_length=MAX_ENDORSEMENTS)]
-    issuer: tuple[Certificate, Certificate, Certificate]
+    certificates: Annotated[list[DerCertificate], Meta(max_length=MAX_ENDORSEMENTS)]
+    issuer: tuple[DerCertificate, DerCertificate, DerCertificate]
 
 
 class Committed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
