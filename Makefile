@@ -44,11 +44,11 @@ UV_COMPILE = .venv/bin/uv --quiet pip compile --universal --python-version 3.11 
 lock: ready-dev ## pin the newest versions of all dependencies in requirements/*.txt
 	cd requirements && rm -f new-*.txt && set -e; run() { out=$$1; shift; \
 	    (cd .. && $(UV_COMPILE) --upgrade "$$@" -o "requirements/new-$$out.txt" >/dev/null); }; \
-	run dev pyproject.toml requirements/build.in requirements/test.in requirements/dev.in; \
+	run dev pyproject.toml --extra platform requirements/build.in requirements/test.in requirements/dev.in; \
 	run build requirements/build.in -c requirements/new-dev.txt; \
-	run runtime pyproject.toml -c requirements/new-dev.txt; \
-	run test pyproject.toml requirements/test.in -c requirements/new-dev.txt; \
-	run fuzz pyproject.toml requirements/test.in requirements/fuzz.in -c requirements/new-dev.txt; \
+	run runtime pyproject.toml --extra platform -c requirements/new-dev.txt; \
+	run test pyproject.toml --extra platform requirements/test.in -c requirements/new-dev.txt; \
+	run fuzz pyproject.toml --extra platform requirements/test.in requirements/fuzz.in -c requirements/new-dev.txt; \
 	for new in new-*.txt; do mv "$$new" "$${new#new-}"; done
 
 wheel: ready-dev ## build the wheel into dist/

@@ -17,8 +17,9 @@ from fuzz.target import Target
 from spvtpm.wire.certificate_building import Validity, build_channel_certificate
 from spvtpm.wire.certificate_extensions import ChannelIdentity, Features
 from spvtpm.wire.certificates import LONGEST_CHANNEL_VALIDITY
-from spvtpm.wire.channel import MAX_CHANNEL_FRAME_BYTES, SecureChannel
+from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.errors import ChannelError, FrameError
+from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 _LONGEST_MESSAGE = 4096
 

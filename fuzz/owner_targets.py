@@ -16,7 +16,7 @@ from fuzz.target import Target
 from spvtpm.terminal import keyring_file
 from spvtpm.terminal.keyring_file import Content
 from spvtpm.terminal.whereabouts import AtChip, Exporting, Importing, InFile, Known
-from spvtpm.wire import channel, messages
+from spvtpm.wire import introductions, messages
 from spvtpm.wire import owner_messages as owner
 from spvtpm.wire.errors import KeyringError, MessageError, WrongPassphrase
 
@@ -49,10 +49,10 @@ _REPLIES: Sequence[owner.OwnerReply] = (
     owner.Done(),
     messages.ErrorReply("not-found", "there is no such VM"),
 )
-_CLEAR: Sequence[channel.ClearMessage] = (
-    channel.Knock(),
-    channel.Papers((b"a", b"b", b"c", b"d")),
-    channel.Introduce(b"certificate"),
+_CLEAR: Sequence[introductions.ClearMessage] = (
+    introductions.Knock(),
+    introductions.Papers((b"a", b"b", b"c", b"d")),
+    introductions.Introduce(b"certificate"),
     messages.ErrorReply("resource", "no room"),
 )
 _KINDS = {type(message).__name__ for message in (*_REQUESTS, *_REPLIES, *_CLEAR)} | {"NewVtpm", "ImportVtpm"}
@@ -82,7 +82,7 @@ def fuzz_owner_replies(data: bytes) -> None:
 
 def fuzz_introductions(data: bytes) -> None:
     """What is said before TLS."""
-    _round_trip(channel.parse_clear, channel.encode_clear, data)
+    _round_trip(introductions.parse_clear, introductions.encode_clear, data)
 
 
 @cache
@@ -160,7 +160,7 @@ OWNER_TARGETS = (
         "introductions",
         "what both sides say before TLS",
         fuzz_introductions,
-        lambda: [channel.encode_clear(message) for message in _CLEAR],
+        lambda: [introductions.encode_clear(message) for message in _CLEAR],
         _WORDS,
     ),
     Target("keyring", "the owner's keyring, clear and sealed", fuzz_keyring, _clear_seeds),

@@ -17,19 +17,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from spvtpm.wire.channel import (
+from spvtpm.wire.channel import SecureChannel
+from spvtpm.wire.errors import error_from_code
+from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.introductions import (
     MAX_CHANNEL_FRAME_BYTES,
     ClearMessage,
     Introduce,
     Knock,
     Papers,
-    SecureChannel,
     encode_clear,
     parse_clear,
 )
-from spvtpm.wire.errors import error_from_code
-from spvtpm.wire.framing import FrameDecoder, encode_frame
-from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_certificates import build_owner_certificate, fingerprint
 from spvtpm.wire.owner_messages import (

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from spvtpm.wire.channel import MAX_CHANNEL_FRAME_BYTES
 from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 Side = Literal["owner", "sp"]
 """Who has sent a frame."""

@@ -19,9 +19,9 @@ from spvtpm.terminal.keyring import Keyring
 from spvtpm.terminal.session import OwnerSession
 from spvtpm.vendor.factory import make_chip
 from spvtpm.wire.certificate_extensions import Features
-from spvtpm.wire.channel import Introduce, Knock, Papers, encode_clear, parse_clear
 from spvtpm.wire.errors import CertificateError, CertificateRefused, SpvtpmError
 from spvtpm.wire.instance_header import InstanceHeader, SealedHeader
+from spvtpm.wire.introductions import Introduce, Knock, Papers, encode_clear, parse_clear
 from tests.owner import ANYTHING
 from tests.papers import DAY, channel_chain, forged, new_papers, todays_papers
 from tests.relay import Relay, Side

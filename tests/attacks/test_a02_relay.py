@@ -14,8 +14,8 @@ import pytest
 
 from spvtpm.terminal.keyring import Keyring
 from spvtpm.terminal.whereabouts import AtChip, Importing, InFile
-from spvtpm.wire.channel import encode_clear
 from spvtpm.wire.errors import CertificateRefused, ChannelError, PeerError, SpvtpmError
+from spvtpm.wire.introductions import encode_clear
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_messages import (
     DestroyVm,

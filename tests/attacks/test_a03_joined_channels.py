@@ -10,8 +10,8 @@ import pytest
 
 from spvtpm.terminal.desk import Desk
 from spvtpm.terminal.keyring import Keyring
-from spvtpm.wire.channel import Introduce, encode_clear, parse_clear
 from spvtpm.wire.errors import ChannelError, PeerError
+from spvtpm.wire.introductions import Introduce, encode_clear, parse_clear
 from spvtpm.wire.owner_certificates import fingerprint, parse_owner_certificate
 from tests.owner import ANYTHING
 from tests.relay import Relay, Side

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spvtpm.processor.channel_port import MAX_CHANNELS, MAX_CHANNELS_OF_ONE_OWNER
-from spvtpm.wire.channel import Introduce, Knock, Papers, encode_clear, parse_clear
 from spvtpm.wire.errors import ResourceError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.instance_file import MAX_FILE_BYTES
+from spvtpm.wire.introductions import Introduce, Knock, Papers, encode_clear, parse_clear
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_messages import Done, ImportVtpm, ListMine, MyVms
 from tests.harness import RunningSp

@@ -14,12 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from spvtpm.terminal.keyring import Keyring
 from spvtpm.vendor.factory import ALL_FEATURES
-from spvtpm.wire import channel, owner_messages
+from spvtpm.wire import channel, introductions, owner_messages
 from spvtpm.wire.certificate_building import Validity, build_channel_certificate
 from spvtpm.wire.certificate_extensions import ChannelIdentity
-from spvtpm.wire.channel import Knock, Papers, SecureChannel, encode_clear, parse_clear
+from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.errors import ChannelError, InstanceFormatUnknown, MessageError, PeerError
 from spvtpm.wire.instance_header import HEADER_BYTES, SealedHeader, parse_instance_header
+from spvtpm.wire.introductions import Knock, Papers, encode_clear, parse_clear
 from spvtpm.wire.owner_certificates import parse_owner_certificate
 from spvtpm.wire.owner_messages import (
     MAX_OWNER_MESSAGE_BYTES,
@@ -161,7 +162,7 @@ def test_papers_are_not_taken_from_a_message_with_more_in_it() -> None:
     papers = Papers((b"a", b"b", b"c", b"d"))
     fields = msgspec.msgpack.decode(encode_clear(papers)[1:]) | {"tls": "1.2"}
     with pytest.raises(MessageError):
-        parse_clear(bytes([channel.VERSION]) + msgspec.msgpack.encode(fields))
+        parse_clear(bytes([introductions.VERSION]) + msgspec.msgpack.encode(fields))
 
 
 # Files

@@ -16,7 +16,7 @@ from spvtpm.terminal.session import OwnerSession
 from spvtpm.vendor.factory import ALL_FEATURES
 from spvtpm.wire.certificate_building import Validity, build_channel_certificate
 from spvtpm.wire.certificate_extensions import ChannelIdentity
-from spvtpm.wire.channel import Introduce, Papers, SecureChannel, encode_clear, parse_clear
+from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.errors import (
     ChannelError,
     FrameError,
@@ -28,6 +28,7 @@ from spvtpm.wire.errors import (
     SpvtpmError,
 )
 from spvtpm.wire.instance_header import MAX_FILE_BYTES
+from spvtpm.wire.introductions import Introduce, Papers, encode_clear, parse_clear
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_messages import (
     MAX_OWNER_MESSAGE_BYTES,

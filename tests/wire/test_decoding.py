@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from spvtpm.processor.worker.messages import parse_from_worker
-from spvtpm.wire.channel import parse_clear
 from spvtpm.wire.errors import MessageError
+from spvtpm.wire.introductions import parse_clear
 from spvtpm.wire.messages import parse_reply, parse_request
 
 ESCAPE = "\x1b]0;title\x07\n2026-01-01 WARNING a line that nobody wrote\x9b2J"

@@ -20,18 +20,18 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from spvtpm.processor.channel_identity import ChannelKeys
 from spvtpm.processor.channel_order import ChannelOrder, Turn
 from spvtpm.processor.connections import Connections
-from spvtpm.wire.channel import (
+from spvtpm.wire.channel import SecureChannel
+from spvtpm.wire.errors import MessageError, PeerError, ResourceError, SpvtpmError
+from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.introductions import (
     MAX_CHANNEL_FRAME_BYTES,
     ClearMessage,
     Introduce,
     Knock,
     Papers,
-    SecureChannel,
     encode_clear,
     parse_clear,
 )
-from spvtpm.wire.errors import MessageError, PeerError, ResourceError, SpvtpmError
-from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.messages import error_reply
 from spvtpm.wire.owner_certificates import fingerprint, parse_owner_certificate
 from spvtpm.wire.owner_messages import MAX_OWNER_MESSAGE_BYTES, encode_owner_message

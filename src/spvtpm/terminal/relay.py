@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from spvtpm.wire.channel import MAX_CHANNEL_FRAME_BYTES
 from spvtpm.wire.errors import ChannelError, FrameError, NotRunning, PermissionRefused
 from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 _READ_BYTES = 1 << 16
 

@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from spvtpm.terminal.attestation import Verified
 from spvtpm.terminal.relay import Relay
-from spvtpm.wire.channel import Introduce, Knock, Papers, SecureChannel, encode_clear, parse_clear
+from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import ChannelError, InstanceFileError, MessageError, SpvtpmError, error_from_code
 from spvtpm.wire.instance_content import Policy
+from spvtpm.wire.introductions import Introduce, Knock, Papers, encode_clear, parse_clear
 from spvtpm.wire.messages import Endorsement, ErrorReply
 from spvtpm.wire.owner_certificates import parse_owner_certificate
 from spvtpm.wire.owner_messages import (

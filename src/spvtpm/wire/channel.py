@@ -7,8 +7,8 @@ Both ends introduce themselves in clear first, so that each can trust exactly on
     owner -> SP    Introduce     the owner's self-signed certificate
     both           TLS records   the SP as server, with the certificate that it showed; the owner as client, with its own
 
-What is said in clear is believed by nobody: a relay that changes it makes the handshake fail. In TLS, each message is a frame of
-its own (`framing.py`). No resumption, no early data, no version but 1.3.
+What is said in clear (`introductions.py`) is believed by nobody: a relay that changes it makes the handshake fail. In TLS, each
+message is a frame of its own (`framing.py`). No resumption, no early data, no version but 1.3.
 
 Source: RFC 8446. Format: docs/formats/channel.md.
 """
@@ -19,65 +19,17 @@ import os
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated, Final
+from typing import Final
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509 import Certificate
-from msgspec import Meta
 
 from spvtpm.wire.errors import ChannelError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
-from spvtpm.wire.messages import ErrorReply
-from spvtpm.wire.versioned import VersionedDecoder, encode_versioned
-from spvtpm.wire.vtpm_endorsement import DerCertificate
-
-VERSION: Final = 1
-
-MAX_CHANNEL_FRAME_BYTES: Final = 1 << 16
-"""The longest frame that a relay carries for a channel."""
+from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 _READ_BYTES: Final = 1 << 16
-_CHAIN_CERTIFICATES: Final = 4
-
-
-class _Clear(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    pass
-
-
-class Knock(_Clear, frozen=True):
-    """The owner asks who is there."""
-
-
-class Papers(_Clear, frozen=True):
-    """The SP's chain: channel certificate, chip EK, the vendor's intermediate, the vendor's root; DER."""
-
-    chain: Annotated[tuple[DerCertificate, ...], Meta(min_length=_CHAIN_CERTIFICATES, max_length=_CHAIN_CERTIFICATES)]
-
-
-class Introduce(_Clear, frozen=True):
-    """The owner's certificate, DER (`owner_certificates.py`)."""
-
-    certificate: DerCertificate
-
-
-ClearMessage = Knock | Papers | Introduce | ErrorReply
-_clear: VersionedDecoder[ClearMessage] = VersionedDecoder(VERSION, ClearMessage, " of the channel")
-
-
-def encode_clear(message: ClearMessage) -> bytes:
-    """What is said before TLS, as one frame's payload."""
-    return encode_versioned(VERSION, message)
-
-
-def parse_clear(payload: bytes) -> ClearMessage:
-    """What the other side says before TLS; hostile bytes.
-
-    Raises:
-        MessageError: it is no such message of this version.
-    """
-    return _clear.decode(payload)
 
 
 class SecureChannel:

@@ -261,6 +261,20 @@ class WrongPassphrase(PolicyError):
     hint = "Give the passphrase that the keyring was made with; without it, nothing in the keyring can be had."
 
 
+class NotAdmitted(PolicyError):
+    """The secure processor takes only VMs that its hypervisor has announced."""
+
+    code = "not-admitted"
+    hint = "Ask the platform for a place first; `spvtpm vm create` does."
+
+
+class TooMany(PolicyError):
+    """More of something than one user may have at a time."""
+
+    code = "too-many"
+    hint = "Wait until some of them have ended, or end some."
+
+
 class UsageError(PolicyError):
     """The command line asks for something that makes no sense."""
 
