@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from spvtpm.processor.admission import MAX_ADMITTED, Admission
-from spvtpm.wire.errors import NotAdmitted, TooMany
-from spvtpm.wire.messages import Admitted, AdmitVm
+from spvtpm.wire.errors import NotAdmitted, TooMany, error_from_code
+from spvtpm.wire.messages import Admitted, AdmitVm, ErrorReply
 from spvtpm.wire.owner_messages import MyVm
 from tests.harness import RunningSp
 from tests.owner import Owner
