@@ -59,3 +59,10 @@ class Unavailable(ResourceError):
 
     code = "unavailable"
     hint = "Try again in a moment; it goes on by itself once that is back."
+
+
+class MachineFailed(ResourceError):
+    """The machine of a VM did not come up, died, or did not do as it was told."""
+
+    code = "machine"
+    hint = "Start the VM again. The host has what its machine said last, in the agent's directory: vms/VM/log."
