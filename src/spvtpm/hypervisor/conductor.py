@@ -80,7 +80,7 @@ class Conductor:
         if keeper is None:
             if len(self._keepers) >= self._max_vms:
                 raise TooMany(f"this host takes {self._max_vms} VMs, and has as many")
-            keeper = self._keep(self._absent.pop(vm_id, None) or Record(vm_id=vm_id))
+            keeper = self._keep(self._absent.pop(vm_id, Record(vm_id=vm_id)))
             keeper.start()
         return keeper
 
@@ -219,6 +219,11 @@ class Conductor:
             oldest = next(iter(self._absent))
             del self._absent[oldest]
             self._records.forget(oldest)
+
+    def take_no_more(self) -> None:
+        """The agent is being stopped: takes no more orders, and tells those who wait for one's end."""
+        for keeper in self._keepers.values():
+            keeper.take_no_more()
 
     async def close(self) -> None:
         """Powers all VMs off. What was ordered stays ordered, so the next start boots them again."""

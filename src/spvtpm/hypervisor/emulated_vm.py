@@ -145,6 +145,19 @@ class EmulatedVm:
         except NotRunning:
             return True
 
+    async def prepare(self) -> int | None:
+        """Makes room for it; tells as which user it will run.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        try:
+            self._make_room()
+            uid = self._own.stat().st_uid
+        except OSError as error:
+            raise StorageError(f"no room for the machine of VM {self._vm_id}: {error.strerror or error}") from None
+        return None if uid == os.geteuid() else uid
+
     async def start(self, boot: Boot) -> None:
         """Starts it; returns once it is ready.
 
@@ -279,7 +292,8 @@ class EmulatedVm:
 
     def _spawn(self, boot: Boot) -> None:
         command = [sys.executable, "-m", "spvtpm.cli", "guest", "machine", str(self._own), "--vm", str(self._vm_id)]
-        command += ["--secret", str(boot.secret)]
+        if boot.secret is not None:
+            command += ["--secret", str(boot.secret)]
         if boot.interface is not None:
             command += ["--interface", str(boot.interface)]
         if boot.resumes:
@@ -324,7 +338,10 @@ class EmulatedVm:
         return reply
 
     def _take(self, reply: MachineIs) -> None:
-        states: dict[Literal["running", "suspended", "off"], MachineState] = {"running": "running", "suspended": "suspended"}
+        states: dict[Literal["running", "suspended", "off"], MachineState] = {
+            "running": "running",
+            "suspended": "suspended",
+        }
         if reply.state not in states:
             raise MachineFailed(f"the machine of VM {self._vm_id} is {reply.state}")
         self._state = states[reply.state]

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
@@ -191,13 +192,19 @@ class VmKeeper:
             failure=record.failure,
         )
 
-    async def close(self) -> None:
-        """Stops acting, then powers the VM off. What was ordered stays ordered."""
+    def take_no_more(self) -> None:
+        """Takes no more orders, and tells those who wait for one's end."""
         self._closing = True
         for _sequence, waiter in self._waiting:
             if not waiter.done():
-                waiter.set_exception(Unavailable("the agent is being stopped; it goes on with the order at its next start"))
+                waiter.set_exception(
+                    Unavailable("the agent is being stopped; it goes on with the order at its next start")
+                )
         self.wake()
+
+    async def close(self) -> None:
+        """Stops acting, then powers the VM off. What was ordered stays ordered."""
+        self.take_no_more()
         if self._task is not None:
             _done, late = await asyncio.wait([self._task], timeout=_CLOSE_PATIENCE_S)
             for task in late:
@@ -226,12 +233,16 @@ class VmKeeper:
                 self._settle()
         except NotRunning as error:
             self._is_settled = False
-            self._answer(self._record.sequence, NotRunning(f"{error}; the order is kept, and carried out when it is back"))
+            self._answer(
+                self._record.sequence, NotRunning(f"{error}; the order is kept, and carried out when it is back")
+            )
         except SpvtpmError as error:
             await self._failed(record, error)
         except Exception as error:
             log.exception("VM %s: a defect", self.vm_id)
-            await self._failed(record, SpvtpmError(f"VM {self.vm_id}: {type(error).__name__} in the agent; its log says more"))
+            await self._failed(
+                record, SpvtpmError(f"VM {self.vm_id}: {type(error).__name__} in the agent; its log says more")
+            )
 
     async def _carry_out(self) -> bool:
         """Returns whether it came to an end.
@@ -244,7 +255,9 @@ class VmKeeper:
             step = await self._performer.look(record)
             if step is Step.NOTHING:
                 return record == self._record
-            if self._closing and record.want != "hibernated":  # what is suspended already is better hibernated than lost
+            if (
+                self._closing and record.want != "hibernated"
+            ):  # what is suspended already is better hibernated than lost
                 return False
             if self._up_since is not None and record.want == "running" and not self._may_rise(record):
                 return False
@@ -252,7 +265,7 @@ class VmKeeper:
             log.info("VM %s, wanted %s: %s", self.vm_id, record.want, step.name.lower().replace("_", " "))
             changed = await self._performer.perform(step, record)
             if changed != record:
-                await self._update(lambda newest, changed=changed: replace(newest, resuming=changed.resuming))
+                await self._update(partial(replace, resuming=changed.resuming))
 
     def _may_rise(self, record: Record) -> bool:
         """It was up, and is not any more: whether to boot it again now.

@@ -15,7 +15,7 @@ from spvtpm.hypervisor.secure_processor import SecureProcessor
 from spvtpm.hypervisor.steps import Sight, Step, next_step
 from spvtpm.hypervisor.virtual_machine import Boot, VirtualMachine
 from spvtpm.wire.errors import NotRunning, SpvtpmError, WrongState
-from spvtpm.wire.messages import AdmitVm, HibernateVm, LaunchVm, Request, ResetVm, StartVm, StopVm, VmInfo
+from spvtpm.wire.messages import HibernateVm, LaunchVm, Request, ResetVm, StartVm, StopVm, VmInfo
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ class Performer:
                 await self._sp.admit(vm_id)
                 self._admitted_to = instance
             case Step.LAUNCH:
-                await self._begin(LaunchVm(vm_id=vm_id))
+                await self._begin(LaunchVm(vm_id=vm_id, vm_uid=await machine.prepare()))
             case Step.START:
-                await self._begin(StartVm(vm_id=vm_id))
+                await self._begin(StartVm(vm_id=vm_id, vm_uid=await machine.prepare()))
             case Step.RESET:
                 await self._begin(ResetVm(vm_id=vm_id))
             case Step.STOP:
@@ -145,7 +145,8 @@ class Performer:
         assert block is not None  # noqa: S101  # `next_step` has seen a boot
         self._begun = 0
         interface = Path(block.vtpm.interface) if block.vtpm is not None and block.vtpm.interface else None
-        boot = Boot(block.boots, interface, self._sp.secret_socket(self._vm_id), resumes=record.resuming)
+        secret = Path(block.launch_secret) if block.launch_secret else None
+        boot = Boot(block.boots, interface, secret, resumes=record.resuming)
         try:
             async with self._boots:
                 await self._machine.start(boot)

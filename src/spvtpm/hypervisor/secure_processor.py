@@ -56,10 +56,6 @@ class SecureProcessor:
         """Where channels of owners go in."""
         return self._run / "channel.sock"
 
-    def secret_socket(self, vm_id: uuid.UUID) -> Path:
-        """Where a VM's key is given out, once a boot."""
-        return self._run / f"{vm_id}.secret.sock"
-
     def instance(self) -> tuple[int, int] | None:
         """Which start of the secure processor this is; None: it does not run, or is not ready."""
         try:

@@ -81,7 +81,9 @@ def next_step(sight: Sight) -> Step:
         NotFound, WrongState, IntegrityError: it cannot become as it was ordered to be.
     """
     if sight.block is not None and sight.block.state == "damaged":
-        raise IntegrityError(f"the security block of VM {sight.vm_id} cannot be believed: it can be neither run nor moved")
+        raise IntegrityError(
+            f"the security block of VM {sight.vm_id} cannot be believed: it can be neither run nor moved"
+        )
     match sight.want:
         case "defined":
             return Step.NOTHING if sight.admitted or sight.block is not None else Step.ADMIT
@@ -108,7 +110,9 @@ def _towards_running(sight: Sight) -> Step:
             return Step.AWAIT_MACHINE
         return Step.FORGET_IMAGE if sight.image or sight.resuming else Step.NOTHING
     if block is None:
-        raise NotFound(f"the secure processor has no VM {sight.vm_id}: its owner has not provisioned it, or has taken it")
+        raise NotFound(
+            f"the secure processor has no VM {sight.vm_id}: its owner has not provisioned it, or has taken it"
+        )
     if block.state == "failed":
         return Step.STOP
     if block.state == "running":
@@ -122,7 +126,7 @@ def _towards_running(sight: Sight) -> Step:
 
 
 def _machine_for_boot(sight: Sight, block: VmInfo) -> Step:
-    """A boot is under way without a machine. One may have had part in it: then the secure processor does not give the VM key again."""
+    """A boot is under way without a machine. If one had part in it, the secure processor does not give the VM key again."""
     if sight.begun == block.boots or (sight.resuming and sight.image):
         return Step.BEGIN_MACHINE
     return Step.FORGET_IMAGE if sight.image or sight.resuming else Step.RESET
@@ -165,7 +169,9 @@ def _why(block: VmInfo, sight: Sight) -> str:
 
 def _towards_absent(sight: Sight) -> Step:
     if sight.block is not None:
-        raise WrongState(f"VM {sight.vm_id} is still in the secure processor: its owner has not taken or destroyed the vTPM")
+        raise WrongState(
+            f"VM {sight.vm_id} is still in the secure processor: its owner has not taken or destroyed the vTPM"
+        )
     if sight.has_machine:
         return Step.END_MACHINE
     return Step.REMOVE if sight.kept else Step.NOTHING

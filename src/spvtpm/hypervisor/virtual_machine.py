@@ -22,13 +22,13 @@ class Boot:
     Attributes:
         boots: its number.
         interface: the socket on which the vTPM's interface is to be had; None: the VM has no vTPM.
-        secret: the socket on which the VM key is to be had, once.
+        secret: the socket on which the VM key is to be had, once; None: the VM has its key by a way of its owner's.
         resumes: whether the machine goes on from its image.
     """
 
     boots: int
     interface: Path | None
-    secret: Path
+    secret: Path | None
     resumes: bool
 
 
@@ -59,6 +59,13 @@ class VirtualMachine(Protocol):
 
         Raises:
             ResourceError: it does not answer.
+        """
+
+    async def prepare(self) -> int | None:
+        """Makes room for it; tells as which user it will run, for nobody else shall get its next boot's. None: the agent's.
+
+        Raises:
+            StorageError: there is no room.
         """
 
     async def start(self, boot: Boot) -> None:
