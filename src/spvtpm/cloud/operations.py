@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MAX_DETAIL: Final = 2048  # agent_api.Sentence
+_OPEN: Final = ("queued", "running")
 
 
 def submit(
@@ -234,10 +235,19 @@ def record_progress(connection: Connection, operation_id: uuid.UUID, *, step: st
         step: in words.
         steps_done: how many are behind it.
     """
+    _say(connection, operation_id, step=step, steps_done=steps_done)
+
+
+def record_undoing(connection: Connection, operation_id: uuid.UUID, step: str) -> None:
+    """Says that an operation is being undone, and why. Arguments as of `record_progress`."""
+    _say(connection, operation_id, step=step[:_MAX_DETAIL])
+
+
+def _say(connection: Connection, operation_id: uuid.UUID, **values: str | int) -> None:
     connection.execute(
         update(tables.operations)
-        .where(tables.operations.c.operation_id == operation_id, tables.operations.c.state.in_(("queued", "running")))
-        .values(state="running", step=step[:_MAX_DETAIL], steps_done=steps_done, changed_s=time.time())
+        .where(tables.operations.c.operation_id == operation_id, tables.operations.c.state.in_(_OPEN))
+        .values(state="running", changed_s=time.time(), **values)
     )
 
 
@@ -247,23 +257,18 @@ def end(connection: Connection, operation_id: uuid.UUID, problem: Problem | None
     Returns:
         Whether it was this call that ended it.
     """
-    ended = {"state": "done", "step": "done"} if problem is None else {"state": "failed", "step": "failed"}
-    values: dict[str, Any] = {**ended, "changed_s": time.time()}
-    if problem is None:
-        values["steps_done"] = tables.operations.c.steps
-    else:
-        values["error"] = msgspec.to_builtins(problem)
-    changed = connection.execute(
-        update(tables.operations)
-        .where(tables.operations.c.operation_id == operation_id, tables.operations.c.state.in_(("queued", "running")))
-        .values(values)
-    )
-    if changed.rowcount != 1:
-        return False
-    connection.execute(
+    connection.execute(  # first of the two, as everybody does who changes both
         update(tables.vms).where(tables.vms.c.operation == operation_id).values(operation=None, changed_s=time.time())
     )
-    return True
+    values: dict[str, Any] = {"state": "done", "step": "done", "steps_done": tables.operations.c.steps}
+    if problem is not None:
+        values = {"state": "failed", "step": "failed", "error": msgspec.to_builtins(problem)}
+    changed = connection.execute(
+        update(tables.operations)
+        .where(tables.operations.c.operation_id == operation_id, tables.operations.c.state.in_(_OPEN))
+        .values(changed_s=time.time(), **values)
+    )
+    return changed.rowcount == 1
 
 
 def waiting_for_hand_over(connection: Connection, limit: int) -> Sequence[Row[uuid.UUID, str | None]]:

@@ -12,7 +12,12 @@ from spvtpm.wire.errors import WrongState
 from spvtpm.wire.platform_api import OperationKind, VmState
 
 ORDERS_PER_OPERATION: Final = 4
-"""Numbers that an operation may give its orders; whoever undoes uses a later one than whoever did."""
+"""Numbers that an operation reserves for its orders, beginning with its sequence."""
+
+DOING: Final = 0
+UNDOING: Final = 1
+SWEEPING: Final = 2
+"""Which of them an order has, so that who undoes, or sweeps up what neither could reach, is stronger than who does."""
 
 
 @dataclass(frozen=True, slots=True)
