@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, Select, func, select, tuple_
 
 from spvtpm.cloud.tables import events, hosts, images, operations, tokens, users, vms
 from spvtpm.wire.agent_api import HostReport
-from spvtpm.wire.errors import MessageError, NotFound
+from spvtpm.wire.errors import NotFound
 from spvtpm.wire.platform_api import (
     PAGE_EVENTS,
     PAGE_OPERATIONS,
@@ -52,17 +52,12 @@ def list_vms(connection: Connection, user: str | None, *, after: str | None = No
         user: whose; None: everybody's.
         after: the last one of the page before: its name, or of everybody's `USER/NAME`.
         limit: how many.
-
-    Raises:
-        MessageError: of everybody's, `after` is no `USER/NAME`.
     """
     query = _select_vms(user).order_by(vms.c.user, vms.c.name).limit(limit + 1)
     if after is not None and user is not None:
         query = query.where(vms.c.name > after)
     elif after is not None:
-        whose, slash, name = after.partition("/")
-        if not slash:
-            raise MessageError("of all users' VMs, `after` is USER/NAME")
+        whose, _, name = after.partition("/")
         query = query.where(tuple_(vms.c.user, vms.c.name) > tuple_(whose, name))
     rows = connection.execute(query).all()
     return VmPage(vms=[_vm(row) for row in rows[:limit]], more=len(rows) > limit)
@@ -307,7 +302,7 @@ def _host(row: Row[Any]) -> Host:
 
 
 def _is_online(row: Row[Any]) -> bool:
-    return row.seen_s is not None and row.seen_s > time.time() - ONLINE_S
+    return not row.failure and row.seen_s is not None and row.seen_s > time.time() - ONLINE_S
 
 
 # Users
