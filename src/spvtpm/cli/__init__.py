@@ -11,6 +11,7 @@ import sys
 import msgspec
 from cyclopts import App
 
+from spvtpm.cli.cloud import cloud_app
 from spvtpm.cli.guest import guest_app
 from spvtpm.cli.hypervisor import hypervisor_app
 from spvtpm.cli.secure_processor import sp_app
@@ -18,7 +19,7 @@ from spvtpm.cli.terminal import terminal_app
 from spvtpm.cli.vendor import vendor_app
 from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
-GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app)
+GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app, cloud_app)
 
 app = App(
     name="spvtpm",
