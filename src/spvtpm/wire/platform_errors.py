@@ -59,3 +59,10 @@ class Unavailable(ResourceError):
 
     code = "unavailable"
     hint = "Try again in a moment; it goes on by itself once that is back."
+
+
+class PartFailed(ResourceError):
+    """A part of the stack that `spvtpm up` runs does not start, or ends again and again."""
+
+    code = "part-failed"
+    hint = "Read the end of the log that the message names; once that is mended, `spvtpm up` goes on where it was."
