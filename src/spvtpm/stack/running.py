@@ -16,7 +16,6 @@ from spvtpm.stack.screen import Row, Up
 from spvtpm.stack.supervisor import Supervisor
 
 PORT: Final = 7580
-_LOOPBACK: Final = "127.0.0.1"
 
 
 class Screen(Protocol):
@@ -48,33 +47,38 @@ def run_stack(directory: Path, screen: Screen, port: int = PORT) -> None:
         making.make_vendor(places, screen.tell)
         for host in places.hosts:
             making.make_secure_processor(places, host, screen.tell)
-        asyncio.run(_Stack(places, screen, lock).run(_free_port(port, screen)))
+            making.make_agent(host, screen.tell)
+        free = _free_port(port, screen)
+        making.make_platform(places, free, screen.tell)
+        making.make_keyring(places, screen.tell)
+        asyncio.run(_Stack(places, screen, lock, f"http://{making.LOOPBACK}:{free}").run())
 
 
 class _Stack:
-    def __init__(self, places: Places, screen: Screen, lock: int) -> None:
+    def __init__(self, places: Places, screen: Screen, lock: int, url: str) -> None:
         self._places = places
         self._screen = screen
         self._lock = lock
+        self._url = url
 
-    async def run(self, port: int) -> None:
+    async def run(self) -> None:
         supervisor = Supervisor(self._screen)
         try:
-            await self._start(supervisor, port)
+            await self._start(supervisor)
             await supervisor.watch()
             self._screen.tell("ending it in order: the platform, the agents with their VMs, the secure processors")
         finally:
             await supervisor.stop()
 
-    async def _start(self, supervisor: Supervisor, port: int) -> None:
+    async def _start(self, supervisor: Supervisor) -> None:
         hosts = self._places.hosts
         await supervisor.start(*(self._part(host.sp.name, "sp", "run", str(host.sp)) for host in hosts))
         await supervisor.start(*(self._part(host.agent.name, "agent", "run", str(host.agent)) for host in hosts))
-        platform = self._part("cloud", "cloud", "run", str(self._places.cloud))
-        await supervisor.start(platform)
+        await supervisor.start(self._part("cloud", "cloud", "run", str(self._places.cloud)))
+        await supervisor.until_ending(asyncio.to_thread(making.log_in, self._places, self._url))
         if not supervisor.is_ending:
             rows = [Row(part.name, part.address, part.log) for part in supervisor.parts]
-            self._screen.ready(Up(self._places, f"http://{_LOOPBACK}:{port}", rows))
+            self._screen.ready(Up(self._places, self._url, rows))
 
     def _part(self, name: str, *words: str) -> Part:
         return Part(name, words, self._places.log(name), self._lock)
@@ -85,7 +89,7 @@ def _free_port(port: int, screen: Screen) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that is just ended does not count
             try:
-                probe.bind((_LOOPBACK, candidate))
+                probe.bind((making.LOOPBACK, candidate))
             except OSError:
                 continue
             found = int(probe.getsockname()[1])
