@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -14,8 +16,11 @@ from spvtpm.stack.places import Places, make_places
 from spvtpm.stack.process import Part
 from spvtpm.stack.screen import Row, Up
 from spvtpm.stack.supervisor import Supervisor
+from spvtpm.wire.errors import UsageError
 
 PORT: Final = 7580
+
+_EXTRA: Final = ("alembic", "dbos", "httpx", "sqlalchemy", "starlette", "uvicorn", "websockets")
 
 
 class Screen(Protocol):
@@ -37,10 +42,20 @@ def run_stack(directory: Path, screen: Screen, port: int = PORT) -> None:
         port: where the platform listens on this machine; another one if somebody has it.
 
     Raises:
+        UsageError: what the platform is made of is not installed.
         StateInUse: a stack runs on the directory.
         PartFailed: a part does not start, or ends again and again; the others were ended in order.
         StorageError: something cannot be read or written.
     """
+    missing = [module for module in _EXTRA if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"this needs what a base installation leaves out ({missing[0]}): pip install 'spvtpm[platform]'"
+        )
+    if shutil.which("tpm2_pcrread") is None:
+        screen.tell(
+            "tpm2-tools is not installed, so VMs have no TPM tools to run: apt-get install tpm2-tools libtss2-tcti-swtpm0"
+        )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the user's keyring is opened here
     places = make_places(directory)
     with stack_lock(places.directory, screen.tell) as lock:

@@ -58,24 +58,24 @@ class PersonsScreen:
 
     def ready(self, up: Up) -> None:
         """All of it is up."""
-        table = Table(box=None, pad_edge=False, title=None)
+        table = Table(box=None, pad_edge=False)
         for heading in ("part", "listens on", "log"):
             table.add_column(heading, overflow="fold", header_style="bold")
         for row in up.rows:
-            table.add_row(row.name, row.address, str(row.log))
-        print_ = self._console.print
-        print_()
-        print_(table)
-        print_("\nIt is up. In another terminal:\n", style="bold")
-        for line in what_to_type(up):
-            print_(f"    {line}", markup=False)
-        print_(f"\nConsole: {up.url}/console   (its token is in {up.places.token})", markup=False)
-        print_(
-            f"With a keyring of your own: spvtpm terminal trust {_word(up.places.vendor / 'root.pem')} --revoked "
-            f"{_word(up.places.vendor / 'revoked.pem')}, then spvtpm login {up.url} --token-file {_word(up.places.token)}",
-            markup=False,
-        )
-        print_("Ctrl-C ends it; the next spvtpm up goes on where it was.")
+            address = row.address.replace(f"{up.places.directory}/", "").replace(f"{up.places.short}/", "")
+            table.add_row(row.name, address, str(row.log.relative_to(up.places.directory)))
+        self.tell(f"\nin {up.places.directory}:\n")
+        self._console.print(table)
+        self._console.print("\nIt is up. In another terminal:\n", style="bold")
+        self._lines(what_to_type(up))
+        self.tell("\nWith a keyring of your own instead:\n")
+        self._lines(with_own_keyring(up))
+        self.tell(f"\nConsole: {up.url}/console; it asks for a token, which is in {up.places.token}")
+        self.tell("Ctrl-C ends it; the next `spvtpm up` goes on where it was.")
+
+    def _lines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.tell(f"    {line}")
 
 
 class ScriptsScreen:
@@ -111,6 +111,15 @@ def what_to_type(up: Up) -> list[str]:
         "spvtpm vm create web",
         "spvtpm vm exec web -- tpm2_pcrread sha256:0",
         "spvtpm vm ls",
+    ]
+
+
+def with_own_keyring(up: Up) -> list[str]:
+    """The first commands of a user who has a keyring already."""
+    vendor = up.places.vendor
+    return [
+        f"spvtpm terminal trust {_word(vendor / 'root.pem')} --revoked {_word(vendor / 'revoked.pem')}",
+        f"spvtpm login {up.url} --token-file {_word(up.places.token)}",
     ]
 
 
