@@ -16,6 +16,7 @@ from spvtpm.cli.guest import guest_app
 from spvtpm.cli.hypervisor import hypervisor_app
 from spvtpm.cli.secure_processor import sp_app
 from spvtpm.cli.terminal import terminal_app
+from spvtpm.cli.up import up
 from spvtpm.cli.vendor import vendor_app
 from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
@@ -27,6 +28,7 @@ app = App(
 )
 for group in GROUPS:
     app.command(group)
+app.command(up)
 
 _EXIT_CODES = ((UsageError, 2), (PolicyError, 3), (ResourceError, 4), (PeerError, 5), (SpvtpmError, 1))
 
