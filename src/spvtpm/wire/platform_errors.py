@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spvtpm.wire.errors import PeerError, PolicyError, ResourceError
+from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, StorageError
 
 
 class TooLarge(PeerError):
@@ -59,3 +59,17 @@ class Unavailable(ResourceError):
 
     code = "unavailable"
     hint = "Try again in a moment; it goes on by itself once that is back."
+
+
+class NotMigrated(StorageError):
+    """The platform's database has tables of another release."""
+
+    code = "not-migrated"
+    hint = "`spvtpm cloud migrate DIR` brings it to this release. A newer database needs the newer release."
+
+
+class PartFailed(ResourceError):
+    """A part of the stack that `spvtpm up` runs does not start, or ends again and again."""
+
+    code = "part-failed"
+    hint = "Read the end of the log that the message names; once that is mended, `spvtpm up` goes on where it was."
