@@ -59,3 +59,24 @@ class Unavailable(ResourceError):
 
     code = "unavailable"
     hint = "Try again in a moment; it goes on by itself once that is back."
+
+
+class PlatformUntrusted(PolicyError):
+    """Nobody who is trusted vouches for the platform's certificate, or it is that of another name."""
+
+    code = "platform-untrusted"
+    hint = "Give --ca-file with the authority of a private platform to `spvtpm login`; if there is none, somebody is in between."
+
+
+class NotLoggedIn(PolicyError):
+    """The keyring knows no platform."""
+
+    code = "not-logged-in"
+    hint = "`spvtpm login URL` says which platform to use, and asks for the token that its administrator gave."
+
+
+class PlatformContradicts(PeerError):
+    """The platform says something else than a verified secure processor, or than the owner's keyring."""
+
+    code = "platform-contradicts"
+    hint = "Believe the secure processor and your keyring: `spvtpm vm show NAME` compares. Nothing secret has left."
