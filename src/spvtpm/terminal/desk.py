@@ -142,7 +142,7 @@ class Desk:
         """
         with self.keyring.moving(), self.connect() as session:
             vms = session.list_mine()
-            self.keyring.remember(*self._seen(vms, session.verified.chip_id))
+            self.remember(session, *vms)
         return vms
 
     def look(self, vm_id: uuid.UUID) -> MyVm | None:
@@ -153,8 +153,13 @@ class Desk:
         """
         with self.keyring.moving(), self.connect() as session:
             vm = session.find(vm_id)
-            self.keyring.remember(*self._seen([] if vm is None else [vm], session.verified.chip_id))
+            self.remember(session, vm)
         return vm
+
+    def remember(self, session: OwnerSession, *vms: MyVm | None) -> None:
+        """Remembers where the vTPMs of these VMs live, which were found in a session just now; in `keyring.moving()`."""
+        found = [vm for vm in vms if vm is not None]
+        self.keyring.remember(*self._seen(found, session.verified.chip_id))
 
     def fate(self, vtpm_id: uuid.UUID) -> Fate:
         """What became of a vTPM there; what is remembered of it is brought up to date.
