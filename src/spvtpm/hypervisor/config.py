@@ -1,0 +1,80 @@
+"""The agent's configuration: one TOML file, one frozen struct."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.errors import ConfigError
+
+_UserId = Annotated[int, Meta(ge=1, lt=1 << 31)]
+
+
+class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`agent.toml`.
+
+    Attributes:
+        sp: state directory of the host's secure processor.
+        listen: where the platform connects: a path of a unix socket, from the agent's directory on, or HOST:PORT.
+        tls_certificate: with HOST:PORT: a file with the certificate and its chain, PEM; empty: no TLS.
+        tls_key: a private file with the certificate's key, PEM.
+        max_vms: how many VMs the host takes.
+        vm_uids: the first of the user ids that belong to VMs, and how many there are; empty: VMs run as the agent's user.
+    """
+
+    sp: Annotated[str, Meta(min_length=1, max_length=4096)]
+    listen: Annotated[str, Meta(min_length=1, max_length=300)] = "agent.sock"
+    tls_certificate: Annotated[str, Meta(max_length=4096)] = ""
+    tls_key: Annotated[str, Meta(max_length=4096)] = ""
+    max_vms: Annotated[int, Meta(ge=1, le=10_000)] = 256
+    vm_uids: Annotated[list[_UserId], Meta(max_length=2)] = []  # msgspec copies it
+
+    def endpoint(self) -> tuple[str, int] | None:
+        """Host and port, if it listens on TCP.
+
+        Raises:
+            ConfigError: `listen` names no port.
+        """
+        host, colon, port = self.listen.rpartition(":")
+        if not colon or "/" in self.listen:
+            return None
+        if not host or not port.isdecimal() or not 0 <= int(port) < 1 << 16:
+            raise ConfigError(f"listen: {self.listen!r} is neither HOST:PORT nor the path of a socket")
+        return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+DEFAULT_TOML = """\
+# Configuration of this host's agent. All but `sp` may be left out.
+{sp}
+{listen}
+# tls_certificate = ""      # with HOST:PORT: certificate and chain, PEM
+# tls_key = ""              # its key, PEM, mode 0600
+# max_vms = 256             # how many VMs the host takes
+# vm_uids = [200000, 1000]  # user ids for VMs: the first, and how many; default: they run as the agent's user
+"""
+
+
+def load_config(path: Path) -> AgentConfig:
+    """Reads the file.
+
+    Raises:
+        ConfigError: it cannot be read, or a key is unknown, missing or out of bounds.
+    """
+    try:
+        config = msgspec.toml.decode(path.read_bytes(), type=AgentConfig)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (*UNDECODABLE, tomllib.TOMLDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if len(config.vm_uids) not in (0, 2):
+        raise ConfigError(f"{path}: vm_uids are two numbers: the first user id, and how many")
+    if bool(config.tls_certificate) != bool(config.tls_key):
+        raise ConfigError(f"{path}: TLS needs both tls_certificate and tls_key")
+    if config.tls_certificate and config.endpoint() is None:
+        raise ConfigError(f"{path}: TLS is for HOST:PORT; who may use a unix socket, its permissions say")
+    return config
