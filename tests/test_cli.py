@@ -158,7 +158,9 @@ def test_an_incomplete_command_shows_what_there_is(words: tuple[str, ...]) -> No
 
 def test_every_command_is_in_the_list_that_these_tests_go_through() -> None:
     groups = {group.name[0]: group for group in cli.GROUPS}
-    found = {(group, name) for group, app in groups.items() for name in app if not name.startswith("-")}
+    found: set[tuple[str, ...]] = {
+        (group, name) for group, app in groups.items() for name in app if not name.startswith("-")
+    }
     found |= {(command.__name__,) for command in cli.COMMANDS}
 
     assert found == set(COMMANDS)

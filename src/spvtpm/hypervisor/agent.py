@@ -59,10 +59,10 @@ def initialise(directory: Path, sp: Path, listen: str | None) -> None:
     if len(os.fsencode(directory)) + len(_LONGEST_SOCKET) > _MAX_SOCKET_PATH_BYTES:
         most = _MAX_SOCKET_PATH_BYTES - len(_LONGEST_SOCKET)
         raise ConfigError(f"the path {directory} is longer than {most} bytes: there would be no room for sockets")
-    told = msgspec.toml.encode({"sp": str(sp.absolute())}).decode().strip()
+    told = _toml("sp", str(sp.absolute()))
     where = '# listen = "agent.sock"     # a socket\'s path, or HOST:PORT'
     if listen is not None:
-        where = msgspec.toml.encode({"listen": listen}).decode().strip()
+        where = _toml("listen", listen)
     try:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     except OSError as error:
@@ -70,6 +70,11 @@ def initialise(directory: Path, sp: Path, listen: str | None) -> None:
     if not (directory / "token").exists():
         create_file(directory / "token", secrets.token_urlsafe(32).encode())
     create_file(directory / "agent.toml", DEFAULT_TOML.format(sp=told, listen=where).encode())
+
+
+def _toml(key: str, text: str) -> str:
+    """A text in JSON is one in TOML (1.0, "Basic strings")."""
+    return f"{key} = {msgspec.json.encode(text).decode()}"
 
 
 def address_of(directory: Path) -> str:

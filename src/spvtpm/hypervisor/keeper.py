@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
@@ -260,7 +261,7 @@ class VmKeeper:
             log.info("VM %s, wanted %s: %s", self.vm_id, record.want, step.name.lower().replace("_", " "))
             changed = await self._performer.perform(step, record)
             if changed != record:
-                await self._update(lambda newest, changed=changed: replace(newest, resuming=changed.resuming))
+                await self._update(partial(_with_resuming, changed.resuming))
 
     def _may_rise(self, record: Record) -> bool:
         """It was up, and is not any more: whether to boot it again now.
@@ -332,3 +333,7 @@ class VmKeeper:
             if record != self._record:
                 await asyncio.to_thread(self._records.put, record)
                 self._record = record
+
+
+def _with_resuming(resuming: bool, record: Record) -> Record:
+    return replace(record, resuming=resuming)

@@ -126,7 +126,7 @@ def _towards_running(sight: Sight) -> Step:
 
 
 def _machine_for_boot(sight: Sight, block: VmInfo) -> Step:
-    """A boot is under way without a machine. One may have had part in it: then the secure processor does not give the VM key again."""
+    """A boot is under way without a machine. One may have had part in it: then the VM key is not given again."""
     if sight.begun == block.boots or (sight.resuming and sight.image):
         return Step.BEGIN_MACHINE
     return Step.FORGET_IMAGE if sight.image or sight.resuming else Step.RESET
