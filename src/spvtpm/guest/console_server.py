@@ -28,6 +28,7 @@ from spvtpm.wire.console import (
     Input,
     Output,
     Run,
+    build_console_certificate,
     console_key,
     encode_console_message,
     parse_console_request,
@@ -35,12 +36,11 @@ from spvtpm.wire.console import (
 from spvtpm.wire.errors import CertificateRefused, ChannelError, MessageError, SpvtpmError
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES, Introduce, encode_clear, parse_clear
 from spvtpm.wire.messages import error_reply
-from spvtpm.wire.owner_certificates import build_owner_certificate, parse_owner_certificate
+from spvtpm.wire.owner_certificates import parse_owner_certificate
 
 log = logging.getLogger(__name__)
 
 _INTRODUCTION_S: Final = 20.0
-_FOREVER_S: Final = 30.0 * 24 * 3600
 _INPUT_PIECES: Final = 8
 _LOOK_S: Final = 0.5
 _LAST_WORDS_S: Final = 5.0
@@ -58,7 +58,7 @@ class Console:
     def __init__(self, vm_key: bytes, vm_id: uuid.UUID, commands: Commands) -> None:
         self._key = console_key(vm_key, vm_id, "vm")
         self._owner = console_key(vm_key, vm_id, "owner").public_key()
-        self._certificate = build_owner_certificate(self._key)
+        self._certificate = build_console_certificate(self._key)
         self._commands = commands
 
     def serve(self, connection: socket.socket) -> None:
@@ -180,7 +180,7 @@ class _Conversation:
         writer.start()
         try:
             while True:
-                request = self._hear(time.monotonic() + _FOREVER_S, self._over)
+                request = self._hear(None, self._over)
                 if request is None:
                     return
                 if isinstance(request, Run):
@@ -209,7 +209,7 @@ class _Conversation:
             else:
                 return True
 
-    def _hear(self, deadline: float, or_readable: int | None = None) -> ConsoleRequest | None:
+    def _hear(self, deadline: float | None, or_readable: int | None = None) -> ConsoleRequest | None:
         while not self._requests:
             frame = self._stream.receive(deadline, or_readable)
             if frame is None:

@@ -29,11 +29,11 @@ class FrameStream:
         self._waiting: list[bytes] = []
         connection.settimeout(_SEND_S)
 
-    def receive(self, deadline: float, or_readable: int | None = None) -> bytes | None:
+    def receive(self, deadline: float | None, or_readable: int | None = None) -> bytes | None:
         """The next frame; None: there was none until the deadline, or the other descriptor is readable.
 
         Args:
-            deadline: by `time.monotonic`.
+            deadline: by `time.monotonic`; None: there is none.
             or_readable: a descriptor that ends the waiting.
 
         Raises:
@@ -45,7 +45,7 @@ class FrameStream:
             poll.register(self._connection, select.POLLIN)
             if or_readable is not None:
                 poll.register(or_readable, select.POLLIN)
-            ready = {descriptor for descriptor, _event in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+            ready = {descriptor for descriptor, _event in poll.poll(_left_ms(deadline))}
             if not ready or or_readable in ready:
                 return None
             try:
@@ -68,6 +68,10 @@ class FrameStream:
                 self._connection.sendall(encode_frame(frame))
         except OSError as error:
             raise ChannelError(f"the connection broke: {error.strerror or error}") from None
+
+
+def _left_ms(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
 
 
 def peer_uid(connection: socket.socket) -> int:
