@@ -63,6 +63,27 @@ COMMANDS = [
         )
     ),
     *(("vendor", name) for name in ("init", "manufacture", "revoke", "refresh-list", "raise-generation")),
+    *((name,) for name in ("login", "logout", "chips", "completion")),
+    *(
+        ("vm", name)
+        for name in (
+            "create",
+            "ls",
+            "list",
+            "show",
+            "start",
+            "shutdown",
+            "hibernate",
+            "resume",
+            "recover",
+            "export",
+            "import",
+            "destroy",
+            "exec",
+            "publish-pcrs",
+            "events",
+        )
+    ),
 ]
 
 
@@ -137,7 +158,10 @@ def test_an_incomplete_command_shows_what_there_is(words: tuple[str, ...]) -> No
 
 def test_every_command_is_in_the_list_that_these_tests_go_through() -> None:
     groups = {group.name[0]: group for group in cli.GROUPS}
-    found = {(group, name) for group, app in groups.items() for name in app if not name.startswith("-")}
+    found: set[tuple[str, ...]] = {
+        (group, name) for group, app in groups.items() for name in app if not name.startswith("-")
+    }
+    found |= {(command.__name__,) for command in cli.COMMANDS}
 
     assert found == set(COMMANDS)
 

@@ -32,13 +32,18 @@ metadata = MetaData(
     }
 )
 
+_Name = String(63).with_variant(String(63, collation="C"), "postgresql")
+"""Ordered by its bytes, as whoever reads on after a name expects."""
+
+_Json = JSON(none_as_null=True)
+
 _Counter = BigInteger().with_variant(Integer, "sqlite")
 """SQLite counts up by itself for an INTEGER PRIMARY KEY alone."""
 
 users = Table(
     "users",
     metadata,
-    Column("name", String(63), primary_key=True),
+    Column("name", _Name, primary_key=True),
     Column("created_s", Float, nullable=False),
 )
 
@@ -46,9 +51,9 @@ tokens = Table(
     "tokens",
     metadata,
     Column("token_id", Uuid, primary_key=True),
-    Column("user", ForeignKey("users.name", ondelete="CASCADE"), nullable=False, index=True),
+    Column("user", _Name, ForeignKey("users.name", ondelete="CASCADE"), nullable=False, index=True),
     Column("sha256", LargeBinary(32), nullable=False, unique=True),  # of the token, which is 256 random bits
-    Column("scopes", JSON, nullable=False),
+    Column("scopes", _Json, nullable=False),
     Column("note", String(64), nullable=False),
     Column("created_s", Float, nullable=False),
     Column("expires_s", Float),
@@ -57,11 +62,11 @@ tokens = Table(
 hosts = Table(
     "hosts",
     metadata,
-    Column("name", String(63), primary_key=True),
+    Column("name", _Name, primary_key=True),
     Column("address", String(300), nullable=False),
     Column("token", String(128), nullable=False),
     Column("chip_id", String(32), unique=True),
-    Column("report", JSON),  # HostReport, as it was heard last
+    Column("report", _Json),  # HostReport, as it was heard last
     Column("seen_s", Float),
     Column("failure", Text, nullable=False, default=""),
     Column("created_s", Float, nullable=False),
@@ -71,18 +76,18 @@ vms = Table(
     "vms",
     metadata,
     Column("vm_id", Uuid, primary_key=True),
-    Column("user", ForeignKey("users.name"), nullable=False),
-    Column("name", String(63), nullable=False),
+    Column("user", _Name, ForeignKey("users.name"), nullable=False),
+    Column("name", _Name, nullable=False),
     Column("state", String(16), nullable=False),
-    Column("host", ForeignKey("hosts.name"), index=True),
-    Column("wants", JSON, nullable=False),  # Wants
+    Column("host", _Name, ForeignKey("hosts.name"), index=True),
+    Column("wants", _Json, nullable=False),  # Wants
     Column("sequence", BigInteger, nullable=False),  # of the newest order to an agent
     Column("operation", Uuid),  # the one under way; one at a time
     Column("vtpm_id", Uuid),
     Column("vtpm", String(16), nullable=False),
     Column("boots", Integer, nullable=False),
     Column("failure", Text, nullable=False),
-    Column("pcrs", JSON),  # PublishedPcrs
+    Column("pcrs", _Json),  # PublishedPcrs
     Column("created_s", Float, nullable=False),
     Column("changed_s", Float, nullable=False),
     UniqueConstraint("user", "name"),
@@ -108,7 +113,7 @@ operations = Table(
     Column("step", Text, nullable=False),
     Column("steps_done", Integer, nullable=False),
     Column("steps", Integer, nullable=False),
-    Column("error", JSON),  # Problem
+    Column("error", _Json),  # Problem
     Column("idempotency_key", String(64)),
     Column("request_sha256", LargeBinary(32), nullable=False),  # of what was asked, to tell a repetition from a misuse
     Column("handed_over", Boolean, nullable=False),  # whether the workflow engine has it

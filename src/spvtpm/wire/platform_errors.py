@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spvtpm.wire.errors import PeerError, PolicyError, ResourceError
+from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, StorageError
 
 
 class TooLarge(PeerError):

@@ -1,0 +1,1 @@
+"""The database's revisions, each a step from the one before. Never changed once released."""

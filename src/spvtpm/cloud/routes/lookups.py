@@ -1,0 +1,79 @@
+"""Operations, chips, and oneself: looked at."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Final, Literal
+
+import msgspec
+from sqlalchemy import Connection
+
+from spvtpm.cloud import queries
+from spvtpm.cloud.routing import Call, Route
+from spvtpm.wire.errors import NotFound
+from spvtpm.wire.platform_api import Chip, Me, Operation, OperationPage
+
+
+class OperationsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which operations.
+
+    Attributes:
+        vm_id: those of this VM.
+        before: the last one of the page before.
+        all: everybody's, for administrators.
+    """
+
+    vm_id: uuid.UUID | None = None
+    before: uuid.UUID | None = None
+    all: Literal["true", "false"] = "false"
+
+
+def _operations(connection: Connection, call: Call) -> OperationPage:
+    query: OperationsQuery = call.query
+    user: str | None = call.principal.user
+    if query.all == "true":
+        call.principal.require("admin")
+        user = None
+    return queries.list_operations(connection, user, vm_id=query.vm_id, before=query.before)
+
+
+def _operation(connection: Connection, call: Call) -> Operation:
+    return queries.find_operation(connection, call.principal.sees, call.path["operation_id"])
+
+
+def _chips(connection: Connection, _: Call) -> list[Chip]:
+    return queries.list_chips(connection)
+
+
+def _chip(connection: Connection, call: Call) -> Chip:
+    return queries.find_chip(connection, call.path["chip_id"])
+
+
+def _me(_: Connection, call: Call) -> Me:
+    return Me(name=call.principal.user, scopes=list(call.principal.granted))
+
+
+LOOKUPS: Final = (
+    Route(
+        "GET",
+        "/v1/operations",
+        "read",
+        "Operations, newest first.",
+        _operations,
+        query=OperationsQuery,
+        answer=OperationPage,
+        errors=(NotFound,),
+    ),
+    Route(
+        "GET",
+        "/v1/operations/{operation_id}",
+        "read",
+        "One operation.",
+        _operation,
+        answer=Operation,
+        errors=(NotFound,),
+    ),
+    Route("GET", "/v1/chips", "read", "All chips, by id.", _chips, answer=list[Chip]),
+    Route("GET", "/v1/chips/{chip_id}", "read", "One chip.", _chip, answer=Chip, errors=(NotFound,)),
+    Route("GET", "/v1/me", "read", "Who the token's user is.", _me, answer=Me),
+)

@@ -1,0 +1,279 @@
+"""A hypervisor agent without a host: keeps orders as the real one does, and fails, hangs and vanishes when a test says so."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import urllib.parse
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+from spvtpm.wire.agent_api import PAGE_REPORTS, HostReport, Order, VmReport, VmReports, WantedState
+from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
+from spvtpm.wire.introductions import Papers
+from spvtpm.wire.messages import VmInfo, VtpmInfo
+from spvtpm.wire.platform_errors import NoSuchToken, Superseded
+from spvtpm.wire.problems import PROBLEM_TYPE, problem_of
+
+TOKEN = "t" * 40
+PAPERS = Papers((b"channel", b"chip", b"intermediate", b"root"))
+
+
+@dataclass
+class DoubleVm:
+    """A VM at the double; `block` is what its secure processor would have."""
+
+    sequence: int = 0
+    want: WantedState | None = None
+    block: Literal["running", "stopped", "failed", "hibernated"] | None = None
+    boots: int = 0
+    machine: Literal["none", "changing", "running"] = "none"
+    image: bytes | None = None
+    failure: str = ""
+    vtpm_id: uuid.UUID = field(default_factory=uuid.uuid4)
+
+
+class AgentDouble:
+    """An agent on a unix socket, in threads of the test's process; so it survives whatever a test does to the platform.
+
+    Attributes:
+        vms: what is here.
+        carried_out: every order that was not refused, in turn.
+        refused: every order that was too old.
+        before_order: called with each order before it counts; may wait, or raise what the agent then answers.
+        after_order: called with each order after it was carried out, before the answer; may do the same.
+        before_request: called with the method and path of each request about one VM.
+    """
+
+    def __init__(self, socket_path: Path, chip_id: str = "00" * 16, *, firmware: int = 1, max_vms: int = 64) -> None:
+        self.path = socket_path
+        self.chip_id = chip_id
+        self.firmware = firmware
+        self.max_vms = max_vms
+        self.vms: dict[uuid.UUID, DoubleVm] = {}
+        self.carried_out: list[tuple[uuid.UUID, Order]] = []
+        self.refused: list[tuple[uuid.UUID, Order]] = []
+        self.before_order: Callable[[uuid.UUID, Order], None] = lambda _vm, _order: None
+        self.after_order: Callable[[uuid.UUID, Order], None] = lambda _vm, _order: None
+        self.before_request: Callable[[str, str], None] = lambda _method, _path: None
+        self._lock = threading.RLock()
+        self._server: _UnixServer | None = None
+        self.up()
+
+    @property
+    def address(self) -> str:
+        """For the platform's table of hosts."""
+        return f"unix:{self.path}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down()
+
+    def up(self) -> None:
+        """Answers."""
+        if self._server is None:
+            self.path.unlink(missing_ok=True)
+            self._server = _UnixServer(self)
+
+    def down(self) -> None:
+        """Does not answer any more, and ends every connection."""
+        if self._server is not None:
+            self._server.end()
+            self._server = None
+            self.path.unlink(missing_ok=True)
+
+    def provision(self, vm_id: uuid.UUID) -> None:
+        """What an owner does through the channel."""
+        with self._lock:
+            assert self.vms[vm_id].want == "defined"
+            self.vms[vm_id].block = "stopped"
+
+    def take(self, vm_id: uuid.UUID) -> None:
+        """What an owner does through the channel who exports a vTPM or destroys it."""
+        with self._lock:
+            self.vms[vm_id].block = None
+
+    def report(self, vm_id: uuid.UUID) -> VmReport:
+        """What the double says of a VM."""
+        with self._lock:
+            vm = self.vms.get(vm_id, DoubleVm())
+            vtpm = VtpmInfo(vtpm_id=vm.vtpm_id, residency="active" if vm.block == "running" else "off")
+            return VmReport(
+                vm_id=vm_id,
+                sequence=vm.sequence,
+                want=vm.want,
+                machine=vm.machine,
+                security_block=vm.block and VmInfo(vm_id=vm_id, state=vm.block, boots=vm.boots, vtpm=vtpm),
+                image=vm.image is not None,
+                failure=vm.failure,
+            )
+
+    def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> bytes:
+        """Answers a request, or raises what it answers instead."""
+        if (method, path) == ("GET", "/v1/host"):
+            return msgspec.json.encode(self._host_report())
+        if (method, path) == ("GET", "/v1/vms"):
+            return self._page(query.get("after", ""))
+        found = re.fullmatch(r"/v1/vms/([0-9a-f-]{36})(/image)?", path)
+        assert found, path
+        vm_id = uuid.UUID(found[1])
+        self.before_request(method, found[2] or "")
+        if found[2]:
+            return self._image(method, vm_id, query, body)
+        if method == "PUT":
+            order = msgspec.json.decode(body, type=Order)
+            self.before_order(vm_id, order)
+            self._obey(vm_id, order)
+            self.after_order(vm_id, order)
+        return msgspec.json.encode(self.report(vm_id))
+
+    def _host_report(self) -> HostReport:
+        return HostReport(
+            chip_id=self.chip_id,
+            firmware=self.firmware,
+            software="1",
+            max_vms=self.max_vms,
+            vms=len(self.vms),
+            active=0,
+            parked=0,
+            missing_protection=[],
+            papers=PAPERS,
+        )
+
+    def _page(self, after: str) -> bytes:
+        with self._lock:
+            here = [vm_id for vm_id, vm in self.vms.items() if vm.want != "absent"]
+        ids = sorted(vm_id for vm_id in here if not after or vm_id > uuid.UUID(after))
+        page = VmReports(vms=[self.report(one) for one in ids[:PAGE_REPORTS]], more=len(ids) > PAGE_REPORTS)
+        return msgspec.json.encode(page)
+
+    def _image(self, method: str, vm_id: uuid.UUID, query: dict[str, str], body: bytes) -> bytes:
+        with self._lock:
+            if method == "PUT":
+                vm = self.vms.setdefault(vm_id, DoubleVm())
+                self._count(vm_id, vm, Order(sequence=int(query["sequence"]), want="defined"))
+                vm.image = body
+                return b""
+            image = self.vms[vm_id].image if vm_id in self.vms else None
+            if image is None:
+                raise NotFound("there is no image")
+            return image
+
+    def _count(self, vm_id: uuid.UUID, vm: DoubleVm, order: Order) -> None:
+        if order.sequence < vm.sequence:
+            self.refused.append((vm_id, order))
+            raise Superseded(f"order {order.sequence} is older than {vm.sequence}")
+        vm.sequence = order.sequence
+
+    def _obey(self, vm_id: uuid.UUID, order: Order) -> None:
+        with self._lock:
+            vm = self.vms.setdefault(vm_id, DoubleVm())
+            self._count(vm_id, vm, order)
+            vm.want = order.want
+            self.carried_out.append((vm_id, order))
+            match order.want:
+                case "defined":
+                    pass
+                case "absent":
+                    if vm.block is not None:
+                        raise WrongState("the secure processor has it")
+                    vm.machine, vm.image = "none", None
+                case _ if vm.block is None:
+                    raise NotFound("its owner has not provisioned it")
+                case "running":
+                    if vm.machine != "running":
+                        vm.boots += vm.block != "hibernated"
+                        vm.machine, vm.block, vm.image = "running", "running", None
+                case "stopped":
+                    vm.machine, vm.block = "none", "stopped"
+                case "hibernated":
+                    if vm.block == "running":
+                        vm.machine, vm.block, vm.image = "none", "hibernated", b"memory of " + vm_id.bytes
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _UnixServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def do_PUT(self) -> None:
+        self._serve()
+
+    def _serve(self) -> None:
+        where = urllib.parse.urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, kind = 200, "application/json"
+        try:
+            if self.headers["Authorization"] != f"Bearer {TOKEN}":
+                raise NoSuchToken("wrong token")
+            answer = self.server.double.answer(
+                self.command, where.path, dict(urllib.parse.parse_qsl(where.query)), body
+            )
+        except SpvtpmError as error:
+            problem = problem_of(error)
+            status, kind, answer = problem.status, PROBLEM_TYPE, json.dumps(msgspec.to_builtins(problem)).encode()
+        with suppress(OSError):  # the platform may be dead by now
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+    def address_string(self) -> str:
+        return "unix"
+
+
+class _UnixServer(ThreadingHTTPServer):
+    address_family = socket.AF_UNIX
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, double: AgentDouble) -> None:
+        self.double = double
+        self._connections: set[socket.socket] = set()
+        super().__init__(str(double.path), _Handler)  # type: ignore[arg-type]  # a path instead of host and port
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def server_bind(self) -> None:
+        self.socket.bind(str(self.double.path))
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = self.socket.accept()
+        self._connections.add(connection)
+        return connection, address or ("unix", 0)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A platform that is killed resets its connections."""
+
+    def end(self) -> None:
+        """Ends."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()

@@ -1,0 +1,112 @@
+"""The platform's database for tests of what works on it, and the few things that these tests ask and put there."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Engine, Row, create_engine, event, insert, make_url, select
+
+from spvtpm.cloud import operations, tables
+from spvtpm.wire.platform_api import NewVm, Operation, OperationKind, Wants
+from tests.cloud.agent_double import TOKEN, AgentDouble
+
+USER = "ada"
+
+
+def connect(url: str) -> Engine:
+    """A database whose tables are there."""
+    parts = make_url(url)
+    if parts.get_backend_name() == "postgresql":
+        return create_engine(parts.set(drivername="postgresql+psycopg"))
+    engine = create_engine(parts)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA busy_timeout=30000")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+class PlatformDatabase:
+    """A new database with one user, and what a test wants to know of it.
+
+    Attributes:
+        url: where it is.
+        engine: to it.
+        submitted: called after each submission; the platform's service wakes its replica.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = connect(url)
+        self.submitted: Callable[[], None] = lambda: None
+        tables.metadata.create_all(self.engine)
+        with self.engine.begin() as connection:
+            for name in (USER, "bob"):
+                connection.execute(insert(tables.users).values(name=name, created_s=time.time()))
+
+    def add_host(self, name: str, agent: AgentDouble) -> None:
+        """A host that has not been looked at yet."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                insert(tables.hosts).values(name=name, address=agent.address, token=TOKEN, created_s=time.time())
+            )
+
+    def create(self, name: str, wants: Wants | None = None, vm_id: uuid.UUID | None = None) -> Operation:
+        """Asks for a new VM."""
+        new = NewVm(vm_id=vm_id or uuid.uuid4(), name=name, wants=wants or Wants())
+        return self.submit("create", new.vm_id, new=new)
+
+    def submit(self, kind: OperationKind, vm_id: uuid.UUID, *, user: str = USER, **more: Any) -> Operation:
+        """Asks for an operation."""
+        asked = {"request_sha256": hashlib.sha256(f"{kind} {vm_id}".encode()).digest(), **more}
+        with self.engine.begin() as connection:
+            operation = operations.submit(connection, user=user, kind=kind, vm_id=vm_id, **asked)
+        self.submitted()
+        return operation
+
+    def operation(self, operation_id: uuid.UUID) -> Operation:
+        """How an operation stands."""
+        with self.engine.connect() as connection:
+            return operations.read(connection, operation_id)
+
+    def ended(self, operation: Operation, within_s: float = 60.0) -> Operation:
+        """The operation, once it has ended."""
+        deadline = time.monotonic() + within_s
+        while True:
+            now = self.operation(operation.operation_id)
+            if now.state in {"done", "failed"}:
+                return now
+            assert time.monotonic() < deadline, now
+            time.sleep(0.02)
+
+    def vm(self, vm_id: uuid.UUID) -> Row[Any] | None:
+        """A VM's row."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(tables.vms).where(tables.vms.c.vm_id == vm_id)).one_or_none()
+
+    def host(self, name: str) -> Row[Any]:
+        """A host's row."""
+        with self.engine.connect() as connection:
+            return connection.execute(select(tables.hosts).where(tables.hosts.c.name == name)).one()
+
+    def events(self, vm_id: uuid.UUID) -> list[str]:
+        """The words of a VM's events, oldest first."""
+        query = select(tables.events.c.what).where(tables.events.c.vm_id == vm_id).order_by(tables.events.c.number)
+        with self.engine.connect() as connection:
+            return list(connection.scalars(query))
+
+    def close(self) -> None:
+        """Ends."""
+        self.engine.dispose()
