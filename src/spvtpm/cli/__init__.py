@@ -13,6 +13,7 @@ import msgspec
 from cyclopts import App
 
 from spvtpm.cli.agent import agent_app
+from spvtpm.cli.cloud import cloud_app
 from spvtpm.cli.guest import guest_app
 from spvtpm.cli.hypervisor import hypervisor_app
 from spvtpm.cli.login import chips, completion, login, logout
@@ -23,7 +24,8 @@ from spvtpm.cli.vendor import vendor_app
 from spvtpm.cli.vm import vm_app
 from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
-GROUPS = (sp_app, hypervisor_app, agent_app, guest_app, terminal_app, vendor_app)
+GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app, agent_app, cloud_app, vm_app)
+COMMANDS = (up, login, logout, chips, completion)
 
 app = App(
     name="spvtpm",
