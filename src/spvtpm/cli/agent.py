@@ -26,6 +26,7 @@ def init(
     tls_key: Path | None = None,
     max_vms: int = 256,
     vm_uids: str | None = None,
+    json: Json = False,
 ) -> None:
     """Make a new agent: configuration, and the token that the platform shows.
 
@@ -58,7 +59,7 @@ def init(
         vm_uids=_parse_uids(vm_uids),
     )
     initialise(directory, config)
-    print(f"agent made in {directory}; run it with: spvtpm agent run {directory}")
+    _tell(directory, json)
 
 
 def _parse_uids(text: str | None) -> list[int]:
@@ -89,14 +90,18 @@ def run(directory: Directory, /) -> None:
 
 @agent_app.command
 def address(directory: Directory, /, *, json: Json = False) -> None:
-    """Show how the platform reaches the agent: what an administrator registers there.
+    """Show how the platform reaches the agent, and which file has the token for it.
 
     Example: spvtpm agent address /var/lib/spvtpm-agent
     """
+    _tell(directory, json)
+
+
+def _tell(directory: Path, json: bool) -> None:
     from spvtpm.hypervisor.agent import address_of
 
     found, token_file = address_of(directory), str(directory.absolute() / "token")
     if json:
         print_json({"address": found, "token_file": token_file})
     else:
-        print(f"address     {found}\ntoken file  {token_file}")
+        print(f"agent at {found}, its token in {token_file}")

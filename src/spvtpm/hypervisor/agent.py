@@ -16,6 +16,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -101,6 +102,7 @@ class HostAgent:
     """
 
     def __init__(self, directory: Path) -> None:
+        _raise_descriptor_limit()
         self._directory = directory.absolute()
         _check_length(self._directory)
         self._config = load_config(self._directory / "agent.toml")
@@ -119,8 +121,7 @@ class HostAgent:
         """
         async with AsyncExitStack() as cleanup:
             cleanup.callback(os.close, self._lock)
-            listener = _listen(self._directory, self._config)
-            cleanup.callback(listener.close)
+            listener = cleanup.enter_context(_listen(self._directory, self._config))
             sp = SecureProcessor(self._directory / self._config.sp)
             vms = self._directory / "vms"
             vms.mkdir(mode=0o711, exist_ok=True)
@@ -165,6 +166,10 @@ class _Server(uvicorn.Server):
         )
         self._conductor = conductor
         self._ready = ready
+        try:
+            self.config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"TLS cannot be had with {config.tls_certificate}: {error.strerror or error}") from None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -201,23 +206,41 @@ def _lock(directory: Path) -> int:
     return descriptor
 
 
-def _listen(directory: Path, config: AgentConfig) -> socket.socket:
+@contextmanager
+def _listen(directory: Path, config: AgentConfig) -> Iterator[socket.socket]:
     endpoint = config.endpoint()
+    path = directory / config.listen
     try:
-        if endpoint is not None:
-            return socket.create_server(endpoint, family=socket.AF_INET6 if ":" in endpoint[0] else socket.AF_INET)
-        path = directory / config.listen
-        path.unlink(missing_ok=True)  # of an agent that died; nobody else has this directory
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        old = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-            listener.listen(_BACKLOG)
-        finally:
-            os.umask(old)
+        listener = _listen_unix(path) if endpoint is None else _listen_tcp(*endpoint)
     except OSError as error:
         raise ResourceError(f"cannot listen on {config.listen}: {error.strerror or error}") from None
+    with listener:
+        yield listener
+    if endpoint is None:
+        path.unlink(missing_ok=True)
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)  # of an agent that died; nobody else has this directory
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    old = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(old)
+    listener.listen(_BACKLOG)
     return listener
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family, *_others, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server((str(address[0]), port), family=family, backlog=_BACKLOG)
+
+
+def _raise_descriptor_limit() -> None:
+    """Each machine and each relay has some: take as many as this user may have."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _address(listener: socket.socket, config: AgentConfig) -> str:

@@ -164,13 +164,18 @@ class EmulatedVm:
         Raises:
             MachineFailed: it did not come up.
             StorageError: there is no room for it.
+            WrongState: its owner has it get its key elsewhere.
         """
+        if boot.secret is None:
+            raise WrongState(
+                f"VM {self._vm_id} does not get its key from the secure processor: its owner did not want that"
+            )
         try:
             self._make_room()
             await self._clear()
             replace_file(self._directory / "boot", msgspec.json.encode(_BootRecord(boot.boots, boot.resumes)))
             self._boots = boot.boots
-            self._spawn(boot)
+            self._spawn(boot, boot.secret)
         except OSError as error:
             raise StorageError(f"no machine for VM {self._vm_id}: {error.strerror or error}") from None
         await self.await_ready()
@@ -290,10 +295,9 @@ class EmulatedVm:
         if self._own.is_dir():
             await asyncio.to_thread(_clear_directory, self._own)
 
-    def _spawn(self, boot: Boot) -> None:
+    def _spawn(self, boot: Boot, secret: Path) -> None:
         command = [sys.executable, "-m", "spvtpm.cli", "guest", "machine", str(self._own), "--vm", str(self._vm_id)]
-        if boot.secret is not None:
-            command += ["--secret", str(boot.secret)]
+        command += ["--secret", str(secret)]
         if boot.interface is not None:
             command += ["--interface", str(boot.interface)]
         if boot.resumes:
