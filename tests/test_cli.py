@@ -28,6 +28,7 @@ COMMANDS = [
     *(
         ("hypervisor", name)
         for name in (
+            "admit",
             "launch",
             "create-vtpm",
             "start",
@@ -43,6 +44,24 @@ COMMANDS = [
     ("guest", "new-key"),
     ("guest", "tcti"),
     ("guest", "serve"),
+    ("guest", "machine"),
+    *(("agent", name) for name in ("init", "address", "run")),
+    *(
+        ("cloud", name)
+        for name in (
+            "init",
+            "run",
+            "migrate",
+            "add-user",
+            "remove-user",
+            "list-users",
+            "new-token",
+            "remove-token",
+            "add-host",
+            "remove-host",
+            "list-hosts",
+        )
+    ),
     *(
         ("terminal", name)
         for name in (
@@ -63,7 +82,7 @@ COMMANDS = [
         )
     ),
     *(("vendor", name) for name in ("init", "manufacture", "revoke", "refresh-list", "raise-generation")),
-    *((name,) for name in ("login", "logout", "chips", "completion")),
+    *((name,) for name in ("up", "login", "logout", "chips", "completion")),
     *(
         ("vm", name)
         for name in (
