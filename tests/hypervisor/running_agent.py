@@ -42,11 +42,13 @@ class RunningAgent(Daemon):
         spvtpm("agent", "init", self.directory, "--sp", sp.state, *options)
         self.token = (self.directory / "token").read_text()
         self._sequence = 0
+        self.http = self.client(self.token)
         self.start()
 
     def start(self) -> None:
         """Starts it; asks it over a new connection."""
         super().start()
+        self.http.close()
         self.http = self.client(self.token)
 
     def client(self, token: str) -> httpx.Client:
