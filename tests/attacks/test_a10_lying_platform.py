@@ -368,6 +368,7 @@ def test_frames_that_are_altered_doubled_or_withheld_break_the_channel_and_nothi
             create(site, vm)
         evil.hook = honest
         create(site, vm)
+    evil.hook = honest
     assert compare(site, vm.name).line.differences == []
     destroy(site, vm.name)
 
