@@ -185,6 +185,32 @@ def test_every_command_is_in_the_list_that_these_tests_go_through() -> None:
     assert found == set(COMMANDS)
 
 
+# Completion
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["vm", "hib"], {"hibernate"}),
+        (["vm", "shutdown", "--st"], {"--stay"}),
+        (["ch"], {"chips"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
+    ],
+    ids=" ".join,
+)
+def test_bash_completes_commands_options_and_choices(words: list[str], expected: set[str]) -> None:
+    typed = " ".join(f"'{word}'" for word in ("spvtpm", *words))
+    program = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _spvtpm; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    script = done("completion", "bash") + program
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert expected <= set(result.stdout.split()), result.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_completion_too(shell: str) -> None:
+    assert "hibernate" in done("completion", shell)
+
+
 # JSON
 
 
