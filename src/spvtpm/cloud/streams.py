@@ -68,7 +68,11 @@ class Follower:
 
 
 class Streams:
-    """All streams of this process."""
+    """All streams of this process.
+
+    Attributes:
+        is_closed: whether this process ends, so that streams of all kinds end.
+    """
 
     def __init__(self, read: Read, per_user: int) -> None:
         """
@@ -80,7 +84,7 @@ class Streams:
         self._places = Places(per_user, "event streams of this user")
         self._followers: dict[uuid.UUID, set[Follower]] = {}
         self._poller: asyncio.Task[None] | None = None
-        self._is_closed = False
+        self.is_closed = False
 
     @contextmanager
     def following(self, user: str, operation: Operation) -> Iterator[Follower]:
@@ -96,7 +100,7 @@ class Streams:
         follower = Follower(operation)
         with self._places.taken(user):
             self._followers.setdefault(operation.operation_id, set()).add(follower)
-            if self._is_closed:
+            if self.is_closed:
                 follower.end()
             elif self._poller is None:
                 self._poller = asyncio.get_running_loop().create_task(self._poll())
@@ -110,14 +114,14 @@ class Streams:
 
     def close(self) -> None:
         """Ends all streams, and those that would begin."""
-        self._is_closed = True
+        self.is_closed = True
         for followers in self._followers.values():
             for follower in followers:
                 follower.end()
 
     async def _poll(self) -> None:
         try:
-            while self._followers and not self._is_closed:
+            while self._followers and not self.is_closed:
                 await asyncio.sleep(POLL_S)
                 with suppress(Unavailable):  # streams wait until the database is back
                     await self._look()
