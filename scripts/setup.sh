@@ -7,7 +7,7 @@
 #
 #   runtime  what ./demo needs
 #   test     runtime, and what ./test and `make bench` need
-#   dev      test, and what `make check` and `make lock` need; also QEMU, for the tests with it
+#   dev      test, and what `make check` and `make lock` need; also QEMU and Chromium, for the tests with them
 #   fuzz     test, and what `make fuzz` needs
 #
 # Environment:
@@ -45,12 +45,13 @@ logged() {
 # tpm2-tools reaches a vTPM. libc6-dev: without recommended packages gcc comes alone.
 packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2-tcti-cmd0 libtss2-tcti-swtpm0 openssl"
 # tpm2-pytss is compiled here. swtpm and its tools: the benchmarks compare with them, and it is the host's TPM. softhsm2: a PKCS#11 token.
-test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2"
+# postgresql: the tests start servers of their own from its programs; the one that Debian sets up is not used.
+test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2 postgresql"
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;
 test) enough="test dev fuzz" packages="$packages $test_packages" ;;
-dev) enough="dev" packages="$packages $test_packages qemu-system-x86 make git" ;;
+dev) enough="dev" packages="$packages $test_packages qemu-system-x86 chromium make git" ;;
 fuzz) enough="fuzz" packages="$packages $test_packages clang" ;; # and its sanitizers, see below
 *)
     echo "usage: scripts/setup.sh runtime|test|dev|fuzz" >&2

@@ -11,14 +11,16 @@ import sys
 import msgspec
 from cyclopts import App
 
+from spvtpm.cli.cloud import cloud_app
 from spvtpm.cli.guest import guest_app
 from spvtpm.cli.hypervisor import hypervisor_app
 from spvtpm.cli.secure_processor import sp_app
 from spvtpm.cli.terminal import terminal_app
+from spvtpm.cli.up import up
 from spvtpm.cli.vendor import vendor_app
 from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
-GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app)
+GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app, cloud_app)
 
 app = App(
     name="spvtpm",
@@ -26,6 +28,7 @@ app = App(
 )
 for group in GROUPS:
     app.command(group)
+app.command(up)
 
 _EXIT_CODES = ((UsageError, 2), (PolicyError, 3), (ResourceError, 4), (PeerError, 5), (SpvtpmError, 1))
 

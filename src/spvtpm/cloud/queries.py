@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Row, Select, func, select, tuple_
 
+from spvtpm.cloud.hosts import is_online, report_of
+from spvtpm.cloud.operations import operation_of
 from spvtpm.cloud.tables import events, hosts, images, operations, tokens, users, vms
-from spvtpm.wire.agent_api import HostReport
 from spvtpm.wire.errors import NotFound
 from spvtpm.wire.platform_api import (
     PAGE_EVENTS,
@@ -32,10 +33,6 @@ from spvtpm.wire.platform_api import (
     VmPage,
     Wants,
 )
-from spvtpm.wire.problems import Problem
-
-ONLINE_S: Final = 15.0
-"""A host whose agent has answered within this time is online."""
 
 _VMS_OF_HOST = select(func.count()).where(vms.c.host == hosts.c.name).scalar_subquery()
 _HAS_IMAGE = select(images.c.vm_id).where(images.c.vm_id == vms.c.vm_id).exists()
@@ -180,7 +177,7 @@ def list_operations(
             | ((operations.c.created_s == last.created_s) & (operations.c.operation_id < before))
         )
     rows = connection.execute(query).all()
-    return OperationPage(operations=[_operation(row) for row in rows[:limit]], more=len(rows) > limit)
+    return OperationPage(operations=[operation_of(row) for row in rows[:limit]], more=len(rows) > limit)
 
 
 def find_operation(connection: Connection, user: str | None, operation_id: uuid.UUID) -> Operation:
@@ -189,13 +186,13 @@ def find_operation(connection: Connection, user: str | None, operation_id: uuid.
     Raises:
         NotFound: the user has begun none of this id.
     """
-    return _operation(_one_operation(connection, user, operation_id))
+    return operation_of(_one_operation(connection, user, operation_id))
 
 
 def find_operations(connection: Connection, operation_ids: set[uuid.UUID]) -> dict[uuid.UUID, Operation]:
     """Those of the operations that there are, whoever began them."""
     query = select(operations).where(operations.c.operation_id.in_(operation_ids))
-    return {row.operation_id: _operation(row) for row in connection.execute(query)}
+    return {row.operation_id: operation_of(row) for row in connection.execute(query)}
 
 
 def _select_operations(user: str | None) -> Select[Any]:
@@ -208,22 +205,6 @@ def _one_operation(connection: Connection, user: str | None, operation_id: uuid.
     if row is None:
         raise NotFound(f"there is no operation {operation_id} of yours")
     return row
-
-
-def _operation(row: Row[Any]) -> Operation:
-    return Operation(
-        operation_id=row.operation_id,
-        kind=row.kind,
-        vm_id=row.vm_id,
-        vm_name=row.vm_name,
-        state=row.state,
-        step=row.step,
-        steps_done=row.steps_done,
-        steps=row.steps,
-        error=None if row.error is None else msgspec.convert(row.error, Problem),
-        created_s=row.created_s,
-        changed_s=row.changed_s,
-    )
 
 
 # Hosts and their chips
@@ -271,11 +252,12 @@ def _select_hosts() -> Select[Any]:
 
 
 def _chip(row: Row[Any]) -> Chip:
-    report = msgspec.convert(row.report, HostReport)
+    report = report_of(row)
+    assert report is not None  # noqa: S101  # as it was selected
     return Chip(
         chip_id=row.chip_id,
         host=row.name,
-        is_online=_is_online(row),
+        is_online=is_online(row, time.time()),
         firmware=report.firmware,
         software=report.software,
         vms=row.vms,
@@ -285,11 +267,11 @@ def _chip(row: Row[Any]) -> Chip:
 
 
 def _host(row: Row[Any]) -> Host:
-    report = None if row.report is None else msgspec.convert(row.report, HostReport)
+    report = report_of(row)
     return Host(
         name=row.name,
         address=row.address,
-        is_online=_is_online(row),
+        is_online=is_online(row, time.time()),
         seen_s=row.seen_s,
         chip_id=row.chip_id,
         firmware=report.firmware if report is not None else 0,
@@ -299,10 +281,6 @@ def _host(row: Row[Any]) -> Host:
         missing_protection=report.missing_protection if report is not None else [],
         failure=row.failure,
     )
-
-
-def _is_online(row: Row[Any]) -> bool:
-    return not row.failure and row.seen_s is not None and row.seen_s > time.time() - ONLINE_S
 
 
 # Users

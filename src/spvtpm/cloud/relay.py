@@ -60,14 +60,14 @@ class Target:
 @dataclass(slots=True)
 class _Count:
     frames: int = 0
-    bytes: int = 0
+    octets: int = 0
 
     def add(self, frame: bytes) -> None:
         self.frames += 1
-        self.bytes += len(frame)
+        self.octets += len(frame)
 
     def __str__(self) -> str:
-        return f"{self.frames} frames, {self.bytes} bytes"
+        return f"{self.frames} frames, {self.octets} bytes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,9 @@ metadata = MetaData(
     }
 )
 
+_Name = String(63).with_variant(String(63, collation="C"), "postgresql")
+"""Ordered by its bytes, as whoever reads on after a name expects."""
+
 _Json = JSON(none_as_null=True)
 
 _Counter = BigInteger().with_variant(Integer, "sqlite")
@@ -40,7 +43,7 @@ _Counter = BigInteger().with_variant(Integer, "sqlite")
 users = Table(
     "users",
     metadata,
-    Column("name", String(63), primary_key=True),
+    Column("name", _Name, primary_key=True),
     Column("created_s", Float, nullable=False),
 )
 
@@ -48,7 +51,7 @@ tokens = Table(
     "tokens",
     metadata,
     Column("token_id", Uuid, primary_key=True),
-    Column("user", ForeignKey("users.name", ondelete="CASCADE"), nullable=False, index=True),
+    Column("user", _Name, ForeignKey("users.name", ondelete="CASCADE"), nullable=False, index=True),
     Column("sha256", LargeBinary(32), nullable=False, unique=True),  # of the token, which is 256 random bits
     Column("scopes", _Json, nullable=False),
     Column("note", String(64), nullable=False),
@@ -59,7 +62,7 @@ tokens = Table(
 hosts = Table(
     "hosts",
     metadata,
-    Column("name", String(63), primary_key=True),
+    Column("name", _Name, primary_key=True),
     Column("address", String(300), nullable=False),
     Column("token", String(128), nullable=False),
     Column("chip_id", String(32), unique=True),
@@ -73,10 +76,10 @@ vms = Table(
     "vms",
     metadata,
     Column("vm_id", Uuid, primary_key=True),
-    Column("user", ForeignKey("users.name"), nullable=False),
-    Column("name", String(63), nullable=False),
+    Column("user", _Name, ForeignKey("users.name"), nullable=False),
+    Column("name", _Name, nullable=False),
     Column("state", String(16), nullable=False),
-    Column("host", ForeignKey("hosts.name"), index=True),
+    Column("host", _Name, ForeignKey("hosts.name"), index=True),
     Column("wants", _Json, nullable=False),  # Wants
     Column("sequence", BigInteger, nullable=False),  # of the newest order to an agent
     Column("operation", Uuid),  # the one under way; one at a time

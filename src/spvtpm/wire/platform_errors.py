@@ -66,3 +66,10 @@ class NotMigrated(StorageError):
 
     code = "not-migrated"
     hint = "`spvtpm cloud migrate DIR` brings it to this release. A newer database needs the newer release."
+
+
+class PartFailed(ResourceError):
+    """A part of the stack that `spvtpm up` runs does not start, or ends again and again."""
+
+    code = "part-failed"
+    hint = "Read the end of the log that the message names; once that is mended, `spvtpm up` goes on where it was."

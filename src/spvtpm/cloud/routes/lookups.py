@@ -65,7 +65,13 @@ LOOKUPS: Final = (
         errors=(NotFound,),
     ),
     Route(
-        "GET", "/v1/operations/{operation_id}", "read", "One operation.", _operation, answer=Operation, errors=(NotFound,)
+        "GET",
+        "/v1/operations/{operation_id}",
+        "read",
+        "One operation.",
+        _operation,
+        answer=Operation,
+        errors=(NotFound,),
     ),
     Route("GET", "/v1/chips", "read", "All chips, by id.", _chips, answer=list[Chip]),
     Route("GET", "/v1/chips/{chip_id}", "read", "One chip.", _chip, answer=Chip, errors=(NotFound,)),

@@ -144,9 +144,7 @@ VMS: Final = (
     ),
     Route("GET", "/v1/vms", "read", "VMs, by name.", _list, query=VmsQuery, answer=VmPage),
     Route("GET", "/v1/vms/{vm_id}", "read", "One VM.", _show, answer=Vm, errors=(NotFound,)),
-    _operation(
-        "POST", "/v1/vms/{vm_id}/place", "place", "Place a VM again that is away.", body=Wants
-    ),
+    _operation("POST", "/v1/vms/{vm_id}/place", "place", "Place a VM again that is away.", body=Wants),
     _operation("POST", "/v1/vms/{vm_id}/start", "start", "Begin the VM's next boot."),
     _operation("POST", "/v1/vms/{vm_id}/shutdown", "shutdown", "Shut the VM down."),
     _operation("POST", "/v1/vms/{vm_id}/hibernate", "hibernate", "Hibernate the VM."),

@@ -8,6 +8,8 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+_NAME = sa.String(length=63).with_variant(sa.String(length=63, collation="C"), "postgresql")
+
 
 def upgrade() -> None:
     op.create_table(
@@ -22,7 +24,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_events_vm_id"), "events", ["vm_id"], unique=False)
     op.create_table(
         "hosts",
-        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("name", _NAME, nullable=False),
         sa.Column("address", sa.String(length=300), nullable=False),
         sa.Column("token", sa.String(length=128), nullable=False),
         sa.Column("chip_id", sa.String(length=32), nullable=True),
@@ -65,14 +67,14 @@ def upgrade() -> None:
     )
     op.create_table(
         "users",
-        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("name", _NAME, nullable=False),
         sa.Column("created_s", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_users")),
     )
     op.create_table(
         "tokens",
         sa.Column("token_id", sa.Uuid(), nullable=False),
-        sa.Column("user", sa.String(length=63), nullable=False),
+        sa.Column("user", _NAME, nullable=False),
         sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
         sa.Column("scopes", sa.JSON(), nullable=False),
         sa.Column("note", sa.String(length=64), nullable=False),
@@ -86,10 +88,10 @@ def upgrade() -> None:
     op.create_table(
         "vms",
         sa.Column("vm_id", sa.Uuid(), nullable=False),
-        sa.Column("user", sa.String(length=63), nullable=False),
-        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("user", _NAME, nullable=False),
+        sa.Column("name", _NAME, nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
-        sa.Column("host", sa.String(length=63), nullable=True),
+        sa.Column("host", _NAME, nullable=True),
         sa.Column("wants", sa.JSON(), nullable=False),
         sa.Column("sequence", sa.BigInteger(), nullable=False),
         sa.Column("operation", sa.Uuid(), nullable=True),

@@ -1,0 +1,249 @@
+"""A whole cloud in processes of its own, for tests end to end: platform replicas, hosts with secure processor and agent, users.
+
+    with CloudStack(directory, hosts=2) as cloud:
+        alice = cloud.user("alice")
+        alice.run("vm", "create", "web")
+        cloud.hosts[0].agent.kill()
+        cloud.hosts[0].agent.start()
+
+Everything a test does to a part is real: SIGKILL, a stop in order, another start on the same state. `up`'s own harness is
+`tests/stack/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from spvtpm.processor.daemon import initialise
+from spvtpm.terminal.keyring import Keyring
+from spvtpm.vendor.authority import init_vendor, read_revocation_list
+from spvtpm.vendor.factory import manufacture_chip
+from tests.harness import RunningSp
+
+SPVTPM = (sys.executable, "-m", "spvtpm.cli")
+_PATIENCE_S = 120
+
+
+def spvtpm(*words: str | Path, stdin: bytes = b"") -> bytes:
+    """A command that must succeed; what it printed."""
+    done = subprocess.run([*SPVTPM, *words], input=stdin, capture_output=True, timeout=_PATIENCE_S)
+    assert done.returncode == 0, f"spvtpm {words}: exit code {done.returncode}\n{done.stderr.decode()}"
+    return done.stdout
+
+
+class Daemon:
+    """An agent, or a replica of the platform, as a process. The first start comes with `start()`.
+
+    Args:
+        words: the command, behind `spvtpm`.
+        log_path: what it says.
+    """
+
+    def __init__(self, words: Sequence[str | Path], log_path: Path) -> None:
+        self._words = tuple(words)
+        self.log_path = log_path
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, and waits until it says that it listens."""
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen([*SPVTPM, *self._words], stdout=subprocess.PIPE, stderr=log)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith(b"listening on "), f"spvtpm {self._words} did not start:\n{self.log()}"
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self.log_path.read_text()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None:
+            self.process.kill()
+            self._reap()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self._reap()
+
+    def _reap(self) -> int:
+        assert self.process is not None
+        code = self.process.wait(_PATIENCE_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code
+
+
+class CloudHost:
+    """A host: a secure processor and an agent.
+
+    Args:
+        name: at the platform.
+        directory: of all that it has.
+        vendor: whose chip it gets.
+    """
+
+    def __init__(self, name: str, directory: Path, vendor: Path) -> None:
+        self.name = name
+        chip = directory / f"{name}.chip"
+        self.sp_state, self.agent_state = directory / f"{name}-sp", directory / f"{name}-ag"
+        manufacture_chip(vendor, chip)
+        initialise(self.sp_state, chip)
+        self.sp = RunningSp(self.sp_state)
+        spvtpm("agent", "init", self.agent_state, "--sp", self.sp_state)
+        self.agent = Daemon(("agent", "run", self.agent_state), directory / f"{name}-agent.log")
+        self.agent.start()
+
+    @property
+    def address(self) -> str:
+        """Of its agent, for the platform."""
+        return f"unix:{self.agent_state / 'agent.sock'}"
+
+    @property
+    def token_file(self) -> Path:
+        """With what its agent wants to hear."""
+        return self.agent_state / "token"
+
+    def end(self) -> None:
+        """Ends both, and the VMs."""
+        if self.agent.is_running:
+            self.agent.stop()
+        self.sp.kill()
+
+
+class CloudUser:
+    """A user, with a keyring and the command line.
+
+    Args:
+        keyring: its directory.
+    """
+
+    def __init__(self, keyring: Path) -> None:
+        self.keyring = keyring
+
+    def attempt(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """A command of `spvtpm` with this keyring; whatever comes of it."""
+        environment = {**os.environ, "XDG_DATA_HOME": str(self.keyring.parent)}
+        return subprocess.run([*SPVTPM, *words], input=stdin, capture_output=True, timeout=_PATIENCE_S, env=environment)
+
+    def run(self, *words: str, stdin: bytes = b"") -> bytes:
+        """As `attempt`, for what must succeed; what it printed."""
+        done = self.attempt(*words, stdin=stdin)
+        assert done.returncode == 0, f"spvtpm {words}: exit code {done.returncode}\n{done.stderr.decode()}"
+        return done.stdout
+
+    def run_json(self, *words: str) -> Any:
+        """As `run`, with --json."""
+        return json.loads(self.run(*words, "--json"))
+
+    def log_in(self, url: str, token_file: Path) -> None:
+        """Uses a replica from now on."""
+        self.run("login", url, "--token-file", str(token_file))
+
+
+class CloudStack:
+    """The whole.
+
+    Args:
+        directory: with a short name; must not exist.
+        hosts: how many.
+        replicas: of the platform; more than one need a database that they can share.
+        database_url: of PostgreSQL; None: SQLite.
+
+    Attributes:
+        hosts: by number, from 0: `host-0` first.
+        replicas: the platform's processes.
+        urls: of the replicas: unix sockets, which are the same after a restart.
+    """
+
+    def __init__(self, directory: Path, hosts: int = 1, replicas: int = 1, database_url: str | None = None) -> None:
+        self.directory = directory
+        self.vendor = directory / "vendor"
+        self.hosts: list[CloudHost] = []
+        self.replicas: list[Daemon] = []
+        self.urls: list[str] = []
+        self._database_url = database_url
+        self._ends = ExitStack()
+        directory.mkdir(mode=0o711)
+        with ExitStack() as cleanup:
+            cleanup.callback(self.close)
+            init_vendor(self.vendor, "Example Silicon")
+            for number in range(hosts):
+                host = CloudHost(f"host-{number}", directory, self.vendor)
+                self._ends.callback(host.end)
+                self.hosts.append(host)
+            for number in range(replicas):
+                self._add_replica(number)
+            for host in self.hosts:
+                self.admin("add-host", host.name, host.address, "--token-file", host.token_file)
+            for replica in self.replicas:
+                replica.start()
+            cleanup.pop_all()
+
+    def _add_replica(self, number: int) -> None:
+        state = self.directory / f"cloud-{number}"
+        spvtpm("cloud", "init", state)
+        socket = f"unix:{self.directory / f'cloud-{number}.sock'}"
+        lines = [f"listen = {json.dumps(socket)}"]
+        if self._database_url is not None:
+            lines.append(f"database_url = {json.dumps(self._database_url)}")
+        (state / "cloud.toml").write_text("\n".join(lines) + "\n")
+        if number == 0:
+            spvtpm("cloud", "migrate", state)
+        replica = Daemon(("cloud", "run", state), self.directory / f"cloud-{number}.log")
+        self._ends.callback(replica.kill)
+        self.replicas.append(replica)
+        self.urls.append(socket)
+
+    def admin(self, command: str, *words: str | Path) -> bytes:
+        """A command of the platform's administrator."""
+        return spvtpm("cloud", command, self.directory / "cloud-0", *words)
+
+    def token(self, user: str, *scopes: str) -> Path:
+        """A new token of a user that is made if it is missing, as a private file."""
+        self.admin("add-user", user)
+        path = self.directory / f"{user}-{os.urandom(4).hex()}.token"
+        words = [word for scope in scopes or ("vms",) for word in ("--scope", scope)]
+        self.admin("new-token", user, *words, "--output", path)
+        return path
+
+    def user(self, name: str, replica: int = 0) -> CloudUser:
+        """A new user, logged in, with a keyring that trusts the vendor."""
+        keyring = Keyring.create(self.directory / name / "spvtpm")
+        root = x509.load_pem_x509_certificate((self.vendor / "root.pem").read_bytes())
+        keyring.trust_root(root.public_bytes(Encoding.DER))
+        keyring.put_revocation_list(read_revocation_list(self.vendor).crl.public_bytes(Encoding.DER))
+        user = CloudUser(keyring.directory)
+        user.log_in(self.urls[replica], self.token(name))
+        return user
+
+    def close(self) -> None:
+        """Ends all of it."""
+        self._ends.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
