@@ -115,7 +115,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"when": words.when, "identity": words.identity, "duration": words.duration}
+    environment.filters |= {"when": words.when, "identity": words.identity, "duration": words.duration, "exactly": words.exactly}
     environment.filters["by_number"] = words.by_number
     environment.tests["untouched"] = words.is_untouched
     environment.globals |= {

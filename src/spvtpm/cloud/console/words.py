@@ -35,8 +35,13 @@ RESIDENCIES: Final = {
 
 def when(seconds: float) -> Markup:
     """A time of the past, relative, with the exact one as its title."""
-    exact = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exact, ago(time.time() - seconds))
+    relative = ago(time.time() - seconds)
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exactly(seconds), relative)
+
+
+def exactly(seconds: float) -> str:
+    """A time, as ISO 8601 has it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def ago(seconds: float) -> str:
