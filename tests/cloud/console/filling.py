@@ -39,7 +39,9 @@ class FilledDatabase:
         self.add_user("bob", "read")
         self.add_user("root", "admin")
         self.add_host("host-1", "01" * 16)
-        self.add_host("host-2", "02" * 16, seen_s=time.time() - 3600, failure="https://10.0.0.2:7581 refuses to connect")
+        self.add_host(
+            "host-2", "02" * 16, seen_s=time.time() - 3600, failure="https://10.0.0.2:7581 refuses to connect"
+        )
 
     def close(self) -> None:
         self.database.close()
@@ -79,7 +81,9 @@ class FilledDatabase:
         vm_id = uuid.uuid4()
         now_s = time.time()
         zeros = {str(index): "00" * 32 for index in range(24)}
-        measured = zeros | {"0": "a7" * 32, "7": "3c" * 32, "11": "5e" * 32} | {str(n): "ff" * 32 for n in range(17, 23)}
+        measured = (
+            zeros | {"0": "a7" * 32, "7": "3c" * 32, "11": "5e" * 32} | {str(n): "ff" * 32 for n in range(17, 23)}
+        )
         row = {
             "vm_id": vm_id,
             "user": user,

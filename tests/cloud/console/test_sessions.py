@@ -45,7 +45,9 @@ def test_without_a_session_every_page_leads_to_the_login_and_back(console: Conso
         assert client.post(LOGIN, data=form).headers["location"] == "/console/vms"
 
 
-@pytest.mark.parametrize("to", ["https://evil.example/", "//evil.example/", "/v1/me", "/console/vms\r\nX: y", "/console\\x"])
+@pytest.mark.parametrize(
+    "to", ["https://evil.example/", "//evil.example/", "/v1/me", "/console/vms\r\nX: y", "/console\\x"]
+)
 def test_a_login_leads_nowhere_but_into_the_console(console: Console, to: str) -> None:
     with console.client() as client:
         answer = client.post(LOGIN, data={"token": console.filled.tokens["alice"], "to": to})
@@ -68,12 +70,21 @@ def test_the_cookie_is_random_for_this_site_alone_and_hidden_from_scripts(consol
     assert console.filled.tokens["alice"] not in str(answer.headers) + answer.text
 
 
-def test_the_cookie_is_secure_behind_tls(console: Console) -> None:
-    """As a proxy on this machine says."""
-    secure = console.origin.replace("http:", "https:")
-    answer = log_in(console, console.filled.tokens["alice"], X_Forwarded_Proto="https", Origin=secure)
+def test_the_cookie_is_secure_where_the_browser_has_tls(console: Console) -> None:
+    """Which may end at a proxy, so that this process sees none."""
+    answer = log_in(console, console.filled.tokens["alice"], Origin=console.origin.replace("http:", "https:"))
     (cookie,) = SimpleCookie(answer.headers["set-cookie"]).values()
     assert cookie["secure"] is True
+
+
+def test_a_terminal_elsewhere_is_told_to_use_tls(console: Console) -> None:
+    with console.client("alice") as client:
+        assert f"spvtpm login {console.origin}" in client.get("/console/").text
+        assert "spvtpm login https://cloud.example<" in client.get("/console/", headers={"Host": "cloud.example"}).text
+        for hostile in ("[::1", "a b", "<script>", "127.0.0.1@evil.example"):
+            answer = client.get("/console/", headers={"Host": hostile})
+            assert answer.status_code == 200
+            assert "<script>" not in answer.text
 
 
 def test_every_answer_tells_the_browser_to_take_nothing_from_elsewhere(console: Console) -> None:
@@ -90,7 +101,12 @@ def test_every_answer_tells_the_browser_to_take_nothing_from_elsewhere(console: 
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site"}],
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
     ids=str,
 )
 def test_a_form_of_another_origin_is_refused(console: Console, headers: dict[str, str]) -> None:
@@ -175,6 +191,9 @@ def test_who_fails_too_often_waits_also_with_a_right_token(console: Console) -> 
     statuses = [log_in(console, "spv_" + "x" * 43).status_code for _ in range(ATTEMPTS)]
     assert statuses == [401] * ATTEMPTS
     refused = log_in(console, console.filled.tokens["alice"])
+    assert (
+        log_in(console, console.filled.tokens["alice"], X_Forwarded_For="1.2.3.4").status_code == 303
+    )  # somebody else
     assert refused.status_code == 429
     assert "set-cookie" not in refused.headers
     assert int(refused.headers["retry-after"]) > 0

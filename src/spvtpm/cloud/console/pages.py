@@ -47,24 +47,24 @@ _STATIC_TYPES: Final = {
 }
 
 
-def render_page(view: View, principal: Principal, origin: str) -> Response:
+def render_page(view: View, principal: Principal, address: str) -> Response:
     """The whole page.
 
     Args:
         view: what it shows.
         principal: who reads it.
-        origin: of the page, such as `https://cloud.example`.
+        address: of the platform, such as `https://cloud.example`.
     """
-    content = render_fragment(view, principal, origin)
+    content = render_fragment(view, principal, address)
     section = _FRAGMENTS[type(view)][1]
     return _html("page.html", view=view, principal=principal, section=section, content=content)
 
 
-def render_fragment(view: View, principal: Principal, origin: str) -> str:
+def render_fragment(view: View, principal: Principal, address: str) -> str:
     """What of the page changes; arguments as above."""
     template = _environment().get_template(_FRAGMENTS[type(view)][0])
     is_admin = "admin" in principal.scopes
-    return template.render(view=view, principal=principal, is_admin=is_admin, origin=origin)
+    return template.render(view=view, principal=principal, is_admin=is_admin, address=address)
 
 
 def render_login(*, wanted: str, error: str = "", status: int = 200) -> Response:
@@ -115,7 +115,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"when": words.when, "identity": words.identity, "duration": words.duration, "exactly": words.exactly}
+    environment.filters |= {
+        "when": words.when,
+        "identity": words.identity,
+        "duration": words.duration,
+        "exactly": words.exactly,
+    }
     environment.filters["by_number"] = words.by_number
     environment.tests["untouched"] = words.is_untouched
     environment.globals |= {

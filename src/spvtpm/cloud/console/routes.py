@@ -45,6 +45,7 @@ LOGIN: Final = f"{ROOT}/login"
 _SEE_OTHER: Final = 303
 _OWN_PATH: Final = re.compile(r"\A/console/[a-z0-9/-]{0,128}\Z")
 _MAX_FIELDS: Final = 4
+_THIS_MACHINE: Final = re.compile(r"\A(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?\Z")
 
 _Handle = Callable[["Request"], Awaitable["ASGIApp"]]
 _Look = Callable[["Connection", views.Asked], views.View]
@@ -85,7 +86,7 @@ def _answering(handle: _Handle) -> Any:
         except NoSuchToken:
             if _wants_stream(request):
                 return Response(status_code=401, headers=pages.SECURITY_HEADERS)
-            return _redirect(f"{LOGIN}?to={quote(request.url.path)}")
+            return _redirect(f"{LOGIN}?to={quote(request.scope['path'])}")
         except SpvtpmError as error:
             problem = problem_of(error)
             return pages.render_error(problem.title, problem.detail, _hint(error), problem.status)
@@ -120,7 +121,7 @@ def _page(platform: Platform, places: Places, look: _Look) -> _Handle:
     async def answer(request: Request) -> ASGIApp:
         cookie = request.cookies.get(sessions.COOKIE)
         pairs = request.query_params.multi_items()
-        origin = _origin(request)
+        address = _address(request)
 
         def see(connection: Connection) -> tuple[Principal, views.View]:
             principal = sessions.find(connection, cookie)
@@ -129,13 +130,13 @@ def _page(platform: Platform, places: Places, look: _Look) -> _Handle:
 
         principal, view = await platform.read(see)
         if not _wants_stream(request):
-            return pages.render_page(view, principal, origin)
+            return pages.render_page(view, principal, address)
         return LivePage(
             platform,
             places,
             principal.user,
             lambda connection: see(connection)[1],
-            lambda newer: pages.render_fragment(newer, principal, origin),
+            lambda newer: pages.render_fragment(newer, principal, address),
         )
 
     return answer
@@ -167,7 +168,7 @@ def _log_in(platform: Platform) -> _Handle:
     async def answer(request: Request) -> Response:
         if not _is_same_origin(request):
             return _refuse_origin()
-        address = request.client.host if request.client is not None else ""
+        address = _client(request)
         fields = await _read_form(request, platform)
         wanted, token = _own_path(fields.get("to")), fields.get("token", "").strip()
         try:
@@ -209,7 +210,7 @@ def _set_cookie(response: Response, request: Request, value: str, age_s: int) ->
         value,
         max_age=age_s,
         path=ROOT,
-        secure=request.url.scheme == "https",
+        secure=request.headers.get("origin", "").startswith("https:"),  # as the browser has it
         httponly=True,
         samesite="strict",
     )
@@ -229,22 +230,36 @@ async def _read_form(request: Request, platform: Platform) -> dict[str, str]:
 
 
 def _is_same_origin(request: Request) -> bool:
-    """Whether a form was sent from a page of this console; every browser says (Fetch Standard, section 3.2)."""
+    """Whether a form was sent from a page of this console; every browser says (Fetch Standard, section 3.2).
+
+    The scheme is not compared: TLS may end at a proxy, and a browser tells what it sees as another site by itself.
+    """
     site = request.headers.get("sec-fetch-site", "same-origin")  # not said where TLS is missing
-    return site == "same-origin" and request.headers.get("origin") == _origin(request)
+    scheme, _, host = request.headers.get("origin", "").partition("://")
+    return site == "same-origin" and scheme in {"http", "https"} and host == request.headers.get("host")
 
 
 def _refuse_origin() -> Response:
     return pages.render_error(
         "Refused",
         "The form was not sent from a page of this console.",
-        "Open the console anew. A proxy in between has to pass Host and X-Forwarded-Proto on.",
+        "Open the console anew. A proxy in between has to pass the header Host on.",
         403,
     )
 
 
-def _origin(request: Request) -> str:
-    return f"{request.url.scheme}://{request.headers.get('host', '')}"
+def _client(request: Request) -> str:
+    """Who is throttled: the address, and what a proxy has said last; one that is made up spares nobody a wrong token."""
+    address = request.client.host if request.client is not None else ""
+    said = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    return f"{address} {said[:64]}"
+
+
+def _address(request: Request) -> str:
+    """What to type after `spvtpm login`: as terminals want it, with TLS unless it is this machine."""
+    host = request.headers.get("host", "")
+    scheme = request.scope["scheme"] if _THIS_MACHINE.match(host) else "https"
+    return f"{scheme}://{host}"
 
 
 def _own_path(wanted: str | None) -> str:

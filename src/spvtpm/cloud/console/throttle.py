@@ -1,6 +1,6 @@
 """How often an address may fail to log in. The console's routes come in.
 
-A token cannot be guessed; this keeps those who try from costing the database anything.
+A token cannot be guessed; this keeps those who try from costing the database much.
 """
 
 from __future__ import annotations
