@@ -44,7 +44,7 @@ _FROM_WORKER: Sequence[worker.FromWorker] = (
 _REPLIES: Sequence[messages.Reply] = (
     messages.VmInfo(_VM, "running", 1, messages.VtpmInfo(_VM, "active", "/run/vm.sock", True)),
     messages.VmList([messages.VmInfo(_VM, "stopped", 2, None)]),
-    messages.Status("c0" * 16, "0.1.0", 1, 1, 0, ["no Landlock"]),
+    messages.Status("c0" * 16, "0.1.0", 1, 1, 0, ["no Landlock"], 1, 4096),
     messages.Endorsement(vtpm_id=_VM, certificates=(b"ek",), issuer=(b"chip", b"intermediate", b"root")),
     messages.ErrorReply("not-found", "there is no such VM"),
 )
@@ -57,6 +57,7 @@ _REQUESTS: Sequence[messages.Request] = (
     messages.GetEndorsement(vm_id=_VM),
     messages.ListVms(),
     messages.GetStatus(),
+    messages.AdmitVm(vm_id=_VM),
 )
 _KINDS = [type(message).__name__ for message in (*_REQUESTS, *_REPLIES, *_TO_WORKER, *_FROM_WORKER)]
 _FIELDS = (
@@ -170,7 +171,9 @@ def _opened(
 
 
 def _records() -> Sequence[bytes]:
-    ownership = Ownership(owner=_KEY, user_secret=_OTHER_KEY, vm_key=_KEY, policy=ANYTHING, label="mail")
+    ownership = Ownership(
+        owner=_KEY, user_secret=_OTHER_KEY, vm_key=_KEY, policy=ANYTHING, label="mail", inject_key=True
+    )
     block = VmSecurityBlock.provision(_VM, ownership)
     other = VmSecurityBlock.provision(uuid.UUID(int=1), ownership)
     imported = VmSecurityBlock.provision_imported(_VM, ownership, uuid.UUID(int=2), 7, hibernated=True)

@@ -78,11 +78,12 @@ class Owner:
         """Who this is."""
         return fingerprint(self.certificate)
 
-    def provision(self, vm_id: uuid.UUID, vm_key: bytes, vtpm: NewVtpm | ImportVtpm | None = None) -> Provision:
+    def provision(
+        self, vm_id: uuid.UUID, vm_key: bytes, vtpm: NewVtpm | ImportVtpm | None = None, *, inject_key: bool = False
+    ) -> Provision:
         """What makes a VM; with a new vTPM unless told otherwise."""
-        return Provision(
-            vm_id=vm_id, user_secret=self.user_secret, vm_key=vm_key, vtpm=vtpm or NewVtpm(policy=ANYTHING)
-        )
+        vtpm = vtpm or NewVtpm(policy=ANYTHING)
+        return Provision(vm_id=vm_id, user_secret=self.user_secret, vm_key=vm_key, vtpm=vtpm, inject_key=inject_key)
 
 
 class OwnerChannel:

@@ -17,6 +17,7 @@ from spvtpm.terminal.exports import export_vtpm
 from spvtpm.terminal.imports import import_vtpm
 from spvtpm.terminal.keyring import Keyring
 from spvtpm.terminal.session import OwnerSession
+from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.vendor.factory import make_chip
 from spvtpm.wire.certificate_extensions import Features
 from spvtpm.wire.errors import CertificateError, CertificateRefused, SpvtpmError
@@ -106,7 +107,7 @@ def test_an_unwary_terminal_would_tell_an_impostor_everything(keyring: Keyring, 
         return None  # type: ignore[return-value]
 
     with pytest.raises(SpvtpmError):  # the impostor shows papers whose key it does not have; its own would do as well
-        OwnerSession.open(impostor.relay.path, content.load_key(), content.certificate, credulous, 1)
+        OwnerSession.open(through_socket(impostor.relay.path), content.load_key(), content.certificate, credulous, 1)
     introduced = parse_clear(impostor.relay.frames("owner")[1])
     assert introduced == Introduce(content.certificate)
     assert len(impostor.relay.frames("owner")) == 3
@@ -118,7 +119,7 @@ def test_a_fake_secure_processor_hears_a_knock_and_nothing_else(
 ) -> None:
     impostor.chain = FAKES[fake]()
     told: list[object] = []
-    desk = Desk(keyring, impostor.relay.path, tell=told.append, timeout_s=30)
+    desk = Desk(keyring, through_socket(impostor.relay.path), tell=told.append, timeout_s=30)
     with pytest.raises((CertificateRefused, CertificateError)):
         desk.provision(uuid.uuid4(), VM_KEY, ANYTHING, "")
     assert impostor.heard() == [Knock()]
@@ -133,7 +134,7 @@ def test_a_fake_secure_processor_hears_a_knock_and_nothing_else(
 def test_a_genuine_chip_that_the_owner_does_not_want_hears_no_more(keyring: Keyring, impostor: Impostor) -> None:
     for wishes in (Wishes(chips=frozenset([bytes(16)])), Wishes(minimum_firmware=8), Wishes(fleet_id=bytes(16))):
         with pytest.raises(CertificateRefused):
-            Desk(keyring, impostor.relay.path, wishes, timeout_s=30).list_mine()
+            Desk(keyring, through_socket(impostor.relay.path), wishes, timeout_s=30).list_mine()
     assert impostor.heard() == [Knock()] * 3
 
 
@@ -142,7 +143,7 @@ def test_a_revoked_chip_hears_no_more(keyring: Keyring, impostor: Impostor) -> N
     revoked = todays_papers().revocation_list([serial], number=2, at=today() - timedelta(hours=1))
     keyring.put_revocation_list(revoked.encode())
     with pytest.raises(CertificateRefused, match="has revoked this chip"):
-        Desk(keyring, impostor.relay.path, timeout_s=30).list_mine()
+        Desk(keyring, through_socket(impostor.relay.path), timeout_s=30).list_mine()
     assert impostor.heard() == [Knock()]
 
 
@@ -153,6 +154,6 @@ def test_an_import_shows_a_fake_not_even_the_file(keyring: Keyring, impostor: Im
     file.write_bytes(SealedHeader(header, 1, bytes(32), bytes(32)).encode() + bytes(32 + 17))
     impostor.chain = FAKES["another vendor of the same name"]()
     with pytest.raises(CertificateRefused):
-        import_vtpm(Desk(keyring, impostor.relay.path, timeout_s=30), uuid.uuid4(), VM_KEY, file)
+        import_vtpm(Desk(keyring, through_socket(impostor.relay.path), timeout_s=30), uuid.uuid4(), VM_KEY, file)
     assert impostor.heard() == [Knock()]
     assert not keyring.content.vtpms

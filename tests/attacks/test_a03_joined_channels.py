@@ -10,6 +10,7 @@ import pytest
 
 from spvtpm.terminal.desk import Desk
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire.errors import ChannelError, PeerError
 from spvtpm.wire.introductions import Introduce, encode_clear, parse_clear
 from spvtpm.wire.owner_certificates import fingerprint, parse_owner_certificate
@@ -61,7 +62,7 @@ def test_an_introduction_with_another_owners_certificate_opens_nothing(
 
     relay.hook = hook
     with pytest.raises(ChannelError):
-        Desk(mallory, relay.path, timeout_s=30).destroy(vm_id)
+        Desk(mallory, through_socket(relay.path), timeout_s=30).destroy(vm_id)
     assert vm_id in {vm.vm_id for vm in estate.desk().list_mine()}
 
 
@@ -79,7 +80,7 @@ def test_an_owner_who_is_introduced_as_another_opens_nothing(
     relay.hook = hook
     with pytest.raises(ChannelError):
         estate.desk(channel=relay.path).list_mine()
-    assert not Desk(mallory, estate.channel(), timeout_s=30).list_mine()
+    assert not Desk(mallory, through_socket(estate.channel()), timeout_s=30).list_mine()
 
 
 def test_frames_of_one_channel_say_nothing_in_another(
@@ -106,7 +107,7 @@ def test_frames_of_one_channel_say_nothing_in_another(
 
     relay.hook = swap
     with pytest.raises(ChannelError):
-        Desk(mallory, relay.path, timeout_s=30).list_mine()
+        Desk(mallory, through_socket(relay.path), timeout_s=30).list_mine()
     assert vm_id in {vm.vm_id for vm in estate.desk().list_mine()}
 
 

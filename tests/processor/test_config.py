@@ -43,7 +43,9 @@ def test_every_value_within_bounds_is_taken(
     path.write_text(
         f"allowed_uids = {uids}\nmax_vms = {max_vms}\npark_after_s = {park_after_s}\nspare_workers = {spare_workers}\n"
     )
-    assert load_config(path) == SpConfig(uids, max_vms, park_after_s, spare_workers)
+    assert load_config(path) == SpConfig(
+        allowed_uids=uids, max_vms=max_vms, park_after_s=park_after_s, spare_workers=spare_workers
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.vtpm import Residency, Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
-from spvtpm.processor.vtpm_services import VtpmServices
+from spvtpm.processor.vtpm_services import Boot, VtpmServices
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.wire.errors import StorageError
 from tests.harness import RunningSp
@@ -38,10 +38,12 @@ def with_a_vtpm(use: Callable[[Vtpm, ParkingLot], Coroutine[None, None, None]]) 
         )
         await pool.open()
         commit = GroupCommit(store).commit
-        services = VtpmServices(store, commit, pool, lot, state, frozenset({os.geteuid()}), lambda _vm, _why: None)
+        services = VtpmServices(store, commit, pool, lot, state, lambda _vm, _why: None)
         vtpms = VtpmManager(services, park_after_s=86400)
         binding = Binding(("vmsb/test", b"made"), ("vmsb/test", None))
-        vtpm = await vtpms.create(uuid.uuid4(), (b"b" * 16, b"k" * 32), lambda _vtpm_id: binding)
+        vtpm = await vtpms.create(
+            uuid.uuid4(), Boot(b"b" * 16, b"k" * 32, frozenset({os.geteuid()})), lambda _vtpm_id: binding
+        )
         try:
             await use(vtpm, lot)
         finally:

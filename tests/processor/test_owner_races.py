@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spvtpm.processor.admission import Admission
 from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_order import ChannelOrder
 from spvtpm.processor.fuses.file import FileCounter
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.instances import Import
+from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Ledger
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.owner_commands import Estate, OwnerCommands
@@ -23,6 +27,7 @@ from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
 from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.sp_secret import SpSecret
+from spvtpm.processor.users import Users
 from spvtpm.processor.vm_table import VmTable, block_change
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.vtpm_records import record_name
@@ -46,7 +51,7 @@ class Scene:
         self.may_commit, self.committing = asyncio.Event(), asyncio.Event()
         self.may_commit.set()
         self.refusal: StorageError | None = None
-        self.table = VmTable(10)
+        self.table = VmTable(Admission(10, 10, is_required=False))
         services: Any = type(
             "Services", (), {"store": self.store, "parking": ParkingLot()}
         )  # no vTPM is powered on here
@@ -55,8 +60,10 @@ class Scene:
         self.counter = FileCounter(directory / "counter")
         guard = RollbackGuard(self.store, self.commit, self.counter)
         secret, here = SpSecret(FLEET, 1, SP), Here(bytes(16), 1)
-        self.estate = Estate(self.store, guard, self.table, self.vtpms, Ledger(self.store), here, secret)
-        self.hypervisor = SecurityManager(self.store, self.commit, guard, self.table, self.vtpms, here)
+        secrets = LaunchSecrets(directory, partial(self.table.note, self.commit))
+        users = Users(frozenset({os.geteuid()}), range(0))
+        self.estate = Estate(self.store, guard, self.table, self.vtpms, Ledger(self.store), secrets, here, secret)
+        self.hypervisor = SecurityManager(self.store, self.commit, guard, self.table, self.vtpms, secrets, users, here)
         self.order = ChannelOrder()
 
     async def commit(self, changes: Sequence[Change]) -> None:
@@ -71,7 +78,9 @@ class Scene:
 
     async def add(self, state: VmState = VmState.STOPPED) -> VmSecurityBlock:
         """A VM with a vTPM."""
-        ownership = Ownership(owner=OWNER, user_secret=USER, vm_key=bytes(32), policy=ANYTHING, label="")
+        ownership = Ownership(
+            owner=OWNER, user_secret=USER, vm_key=bytes(32), policy=ANYTHING, label="", inject_key=False
+        )
         block = VmSecurityBlock(uuid.uuid4(), ownership, state, vtpm_id=uuid.uuid4(), boots=1)
         assert block.vtpm_id is not None
         await self._commit([block_change(block), (record_name(block.vtpm_id), b"permanent")])

@@ -26,7 +26,9 @@ from tests.owner import ANYTHING
 VM = uuid.UUID("11111111-1111-4111-8111-111111111111")
 VTPM = uuid.UUID("22222222-2222-4222-8222-222222222222")
 OTHER_VTPM = uuid.UUID("33333333-3333-4333-8333-333333333333")
-OWNERSHIP = Ownership(owner=b"o" * 32, user_secret=b"u" * 32, vm_key=b"k" * 32, policy=ANYTHING, label="mail server")
+OWNERSHIP = Ownership(
+    owner=b"o" * 32, user_secret=b"u" * 32, vm_key=b"k" * 32, policy=ANYTHING, label="mail server", inject_key=True
+)
 
 RUNNING, STOPPED, FAILED, HIBERNATED = VmState.RUNNING, VmState.STOPPED, VmState.FAILED, VmState.HIBERNATED
 
@@ -222,6 +224,7 @@ def telling_block() -> VmSecurityBlock:
         vm_key=SECRETS["VM key"],
         policy=ANYTHING,
         label="",
+        inject_key=False,
     )
     return VmSecurityBlock.provision(VM, ownership).launch()
 
@@ -303,7 +306,7 @@ def test_what_was_stored_comes_back_whole_and_at_rest(block: VmSecurityBlock) ->
     at_rest = HIBERNATED if block.state is HIBERNATED else STOPPED
     assert loaded == msgspec.structs.replace(block, state=at_rest, boot_id=None)
     assert {*msgspec.structs.asdict(loaded)} == {
-        *("vm_id", "ownership", "state", "boot_id", "boots", "vtpm_id", "version", "events")
+        *("vm_id", "ownership", "state", "boot_id", "boots", "vtpm_id", "version", "events", "vm_uid")
     }, "a new field needs a decision whether it outlives the process"
 
 
@@ -350,8 +353,8 @@ def stored_fields() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 1},
-        {"format": 3},
+        {"format": 2},
+        {"format": 4},
         {"boots": -1},
         {"boots": 1 << 63},
         {"boots": "1"},

@@ -12,6 +12,7 @@ from spvtpm.terminal.desk import Desk, Wishes
 from spvtpm.terminal.exports import Exported, export_vtpm
 from spvtpm.terminal.imports import import_vtpm
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.terminal.whereabouts import Known, Place
 from spvtpm.wire import messages
 from spvtpm.wire.owner_messages import MyVm
@@ -47,7 +48,9 @@ class Estate:
         self, chip: int = 0, channel: Path | None = None, wishes: Wishes | None = None, timeout_s: float = 30
     ) -> Desk:
         """The owner's desk at one of the chips, or at whatever answers at `channel`."""
-        return Desk(self.keyring, channel or self.sps[chip].state, wishes or Wishes(), timeout_s=timeout_s)
+        return Desk(
+            self.keyring, through_socket(channel or self.sps[chip].state), wishes or Wishes(), timeout_s=timeout_s
+        )
 
     def channel(self, chip: int = 0) -> Path:
         """A chip's channel socket."""

@@ -229,10 +229,10 @@ def test_a_header_that_asks_for_too_little_or_too_much_work_is_refused(
 @pytest.mark.attack("A26")
 def test_another_format_version_is_refused(content: Content) -> None:
     with pytest.raises(KeyringError):
-        parse_clear(encode_clear(content).replace(b'"format":1', b'"format":2', 1))
+        parse_clear(encode_clear(content).replace(b'"format":2', b'"format":1', 1))
     body = bytearray(encode_sealed(content, quick_key())[:-32])
-    body[9] = 2
-    with pytest.raises(KeyringError, match="format 2"):
+    body[9] = 1
+    with pytest.raises(KeyringError, match="format 1"):
         passphrase_key_of(bytes(body) + hashlib.sha256(body).digest(), PASSPHRASE)
 
 

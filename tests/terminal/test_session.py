@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spvtpm.terminal.desk import Desk
 from spvtpm.terminal.exports import export_vtpm
 from spvtpm.terminal.session import OwnerSession
+from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.vendor.factory import ALL_FEATURES
 from spvtpm.wire.certificate_building import Validity, build_channel_certificate
 from spvtpm.wire.certificate_extensions import ChannelIdentity
@@ -109,7 +110,7 @@ def sp(tmp_path: Path) -> Iterator[ScriptedSp]:
 
 @pytest.fixture
 def desk(sp: ScriptedSp, tmp_path: Path) -> Desk:
-    return Desk(new_keyring(tmp_path / "keyring"), sp.relay.path, timeout_s=30)
+    return Desk(new_keyring(tmp_path / "keyring"), through_socket(sp.relay.path), timeout_s=30)
 
 
 def export_of(size_bytes: int, *pieces: int) -> list[OwnerReply]:
@@ -181,21 +182,21 @@ def test_a_file_that_is_not_what_was_announced_is_never_acknowledged(
 def test_what_answers_is_no_channel(tmp_path: Path, desk: Desk) -> None:
     keyring = desk.keyring
     with pytest.raises(NotRunning):
-        Desk(keyring, tmp_path / "nobody").list_mine()
+        Desk(keyring, through_socket(tmp_path / "nobody")).list_mine()
     with pytest.raises(NotRunning):
-        Desk(keyring, tmp_path / ("long" * 100)).list_mine()
+        Desk(keyring, through_socket(tmp_path / ("long" * 100))).list_mine()
     noise = Relay(tmp_path / "noise", None, lambda _side, _number, _frame: [b"HTTP/1.1 400 Bad Request"])
     with noise, pytest.raises(PeerError):
-        Desk(keyring, noise.path, timeout_s=30).list_mine()
+        Desk(keyring, through_socket(noise.path), timeout_s=30).list_mine()
     silence = Relay(tmp_path / "silence", None, lambda _side, _number, _frame: [])
     with silence, pytest.raises(ChannelError, match="did not answer in time"):
-        Desk(keyring, silence.path, timeout_s=0.2).list_mine()
+        Desk(keyring, through_socket(silence.path), timeout_s=0.2).list_mine()
 
 
 def test_a_frame_beyond_the_bound_is_refused_when_announced(tmp_path: Path, desk: Desk) -> None:
     long = Relay(tmp_path / "long", None, lambda _side, _number, _frame: [bytes((1 << 16) + 1)])
     with long, pytest.raises(FrameError, match="is no secure processor's channel"):
-        Desk(desk.keyring, long.path, timeout_s=30).list_mine()
+        Desk(desk.keyring, through_socket(long.path), timeout_s=30).list_mine()
 
 
 def test_more_vms_than_a_page_holds_are_all_listed(estate: Estate) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,35 @@ def serve(*, interface: Interface, key: Key, socket: Path | None = None, tcp: st
         raise UsageError("give either --socket PATH or --tcp HOST:PORT")
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run_sockets(interface, key, socket, None if tcp is None else _host_and_port(tcp))
+
+
+@guest_app.command
+def machine(
+    directory: Path, /, *, vm: uuid.UUID, secret: Path, interface: Path | None = None, resume: bool = False
+) -> None:
+    """Be an emulated VM: a process with a VM's memory, its programs, and its vTPM. A host's agent starts it.
+
+    Example: spvtpm guest machine DIR --vm 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --secret VM.secret.sock --interface VM.sock
+
+    Parameters
+    ----------
+    directory
+        The machine's own, where its sockets and its memory will be.
+    vm
+        The VM's id.
+    secret
+        Socket of the launch secret.
+    interface
+        Socket of the vTPM's interface; without it, the VM has no vTPM.
+    resume
+        Go on from the image that is in the directory.
+    """
+    import logging
+
+    from spvtpm.guest.machine import Machine, Place
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    Machine(Place(vm, directory.absolute(), secret, interface, resume)).run()
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

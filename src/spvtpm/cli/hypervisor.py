@@ -37,6 +37,15 @@ def _print_vms(vms: list[messages.VmInfo]) -> None:
 
 
 @hypervisor_app.command
+def admit(vm: Vm, /, *, sp: Sp) -> None:
+    """Announce a VM, so that its owner can provision it where `admission_required` is set.
+
+    Example: spvtpm hypervisor admit 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
+    """
+    call_sp(sp, messages.AdmitVm(vm_id=vm))
+
+
+@hypervisor_app.command
 def launch(vm: Vm, /, *, sp: Sp, without_vtpm: WithoutVtpm = False, json: Json = False) -> None:
     """Begin the first boot of a VM that its owner has provisioned, with its vTPM.
 

@@ -102,8 +102,10 @@ class Towards:
     def desk(self, own: Own, json: bool = False) -> Desk:
         """The owner's desk at this secure processor; tells on stderr what was verified."""
         from spvtpm.terminal.desk import Desk
+        from spvtpm.terminal.socket_relay import through_socket
 
-        return Desk(own.open(), self.channel, self.wishes(), tell_verified_as_json if json else tell_verified)
+        tell = tell_verified_as_json if json else tell_verified
+        return Desk(own.open(), through_socket(self.channel), self.wishes(), tell)
 
 
 def identity(text: str, kind: str) -> bytes:

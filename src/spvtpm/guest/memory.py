@@ -38,6 +38,11 @@ class InterfaceMemory:
         self._poll.register(offer.vm_doorbell, select.POLLIN)
         self._poll.register(connection, select.POLLIN)
 
+    @property
+    def connection(self) -> socket.socket:
+        """Readable when the SP has closed the interface."""
+        return self._connection
+
     @classmethod
     def connect(cls, path: Path, timeout_s: float = 30.0) -> Self:
         """Gets the interface that the SP offers at `path`; waits while another process of the VM holds it.

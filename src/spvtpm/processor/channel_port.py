@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from spvtpm.processor.channel_identity import ChannelKeys
 from spvtpm.processor.channel_order import ChannelOrder, Turn
 from spvtpm.processor.connections import Connections
-from spvtpm.wire.channel import SecureChannel
+from spvtpm.wire.channel import ChannelEnded, SecureChannel
 from spvtpm.wire.errors import MessageError, PeerError, ResourceError, SpvtpmError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.introductions import (
@@ -154,6 +154,8 @@ class ChannelPort:
                 async with asyncio.timeout(_IDLE_S):
                     while not messages:
                         messages = channel.receive(await relay.receive())
+        except ChannelEnded as ended:
+            log.debug("a channel ended: %s", ended)
         except (PeerError, TimeoutError) as error:
             log.info("a channel ended: %s", error or "it fell silent")
         finally:

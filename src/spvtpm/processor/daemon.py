@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
+from spvtpm.processor.admission import Admission
 from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
 from spvtpm.processor.channel_port import ChannelPort
@@ -34,6 +35,7 @@ from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.keepers import IN_DIRECTORY, Keeper, burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
+from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Ledger
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.own_memory import protect_own_memory
@@ -44,6 +46,7 @@ from spvtpm.processor.rollback_guard import RollbackGuard, check_epoch
 from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES
+from spvtpm.processor.users import Users
 from spvtpm.processor.vm_table import VmTable
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.vtpm_services import VtpmServices
@@ -148,7 +151,8 @@ class SecureProcessor:
 
     async def _serve(self, cleanup: AsyncExitStack, on_ready: Callable[[Path], None]) -> None:
         uids = frozenset(self._config.allowed_uids)
-        runtime = _make_runtime(self._state, uids)
+        users = Users(uids, self._config.users_of_vms())
+        runtime = _make_runtime(self._state, users)
         pool = WorkerPool(self._config.spare_workers, Endorser(self._fuses).certify)
         cleanup.callback(pool.close)
         await pool.open()
@@ -157,19 +161,22 @@ class SecureProcessor:
         guard = RollbackGuard(self._store, commit, self._fuses.counter)
         await guard.milestone([])
         cleanup.push_async_callback(guard.close)
-        table = VmTable(self._config.max_vms)
-        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, uids, table.fail)
+        config = self._config
+        admission = Admission(config.max_vms, config.max_vms_of_one_owner, config.admission_required)
+        self._admission, table = admission, VmTable(admission)
+        services = VtpmServices(self._store, commit, pool, ParkingLot(), runtime, table.fail)
         vtpms = VtpmManager(services, self._config.park_after_s)
         cleanup.push_async_callback(vtpms.close)
         here = Here(self._fuses.chip_id, FIRMWARE_VERSION)
-        self._security = SecurityManager(self._store, commit, guard, table, vtpms, here)
+        secrets = LaunchSecrets(runtime, partial(table.note, commit))
+        cleanup.callback(secrets.close)
+        self._security = SecurityManager(self._store, commit, guard, table, vtpms, secrets, users, here)
         await self._security.load()
         for endless in (vtpms.park_idle_for_ever(), guard.keep_pace()):
             cleanup.callback(asyncio.create_task(endless).cancel)
         port = HypervisorPort(runtime / "sp.sock", uids, self.carry_out)
         cleanup.push_async_callback(port.close)
-        ledger, secret = Ledger(self._store), self._fuses.sp_secret
-        estate = Estate(self._store, guard, table, vtpms, ledger, here, secret)
+        estate = Estate(self._store, guard, table, vtpms, Ledger(self._store), secrets, here, self._fuses.sp_secret)
         keys = ChannelKeys(self._fuses)
         channels = ChannelPort(runtime / "channel.sock", uids, keys, partial(OwnerSession, estate))
         cleanup.push_async_callback(channels.close)
@@ -180,12 +187,15 @@ class SecureProcessor:
         """One command of the hypervisor."""
         security = self._security
         match request:
+            case messages.AdmitVm():
+                self._admission.admit(request.vm_id)
+                return messages.Admitted()
             case messages.LaunchVm():
-                return await security.launch(request.vm_id, with_vtpm=request.with_vtpm)
+                return await security.launch(request.vm_id, with_vtpm=request.with_vtpm, vm_uid=request.vm_uid)
             case messages.CreateVtpm():
                 return await security.create_vtpm(request.vm_id)
             case messages.StartVm():
-                return await security.start(request.vm_id)
+                return await security.start(request.vm_id, request.vm_uid)
             case messages.ResetVm():
                 return await security.reset(request.vm_id)
             case messages.StopVm():
@@ -201,10 +211,14 @@ class SecureProcessor:
             case messages.ListVms():
                 return security.list(request.after)
             case messages.GetStatus():
-                vms, active, parked = security.residents()
-                return messages.Status(self._fuses.chip_id.hex(), version("spvtpm"), vms, active, parked, self._missing)
+                return self._status()
             case _:
                 assert_never(request)
+
+    def _status(self) -> messages.Status:
+        vms, active, parked = self._security.residents()
+        chip_id, software, most = self._fuses.chip_id.hex(), version("spvtpm"), self._config.max_vms
+        return messages.Status(chip_id, software, vms, active, parked, self._missing, FIRMWARE_VERSION, most)
 
 
 def _empty(state: Path) -> None:
@@ -221,10 +235,10 @@ def _check_length(state: Path) -> None:
         raise NoSecureProcessor(f"the path {state} is longer than {longest} bytes: there would be no room for sockets")
 
 
-def _make_runtime(state: Path, allowed_uids: frozenset[int]) -> Path:
+def _make_runtime(state: Path, users: Users) -> Path:
     """The directory of sockets. Other users can pass through the state directory if they are allowed, and only then."""
     runtime = state / "run"
-    mode = 0o711 if allowed_uids - {0, os.geteuid()} else 0o700
+    mode = 0o711 if users.others_come or users.commanding - {0, os.geteuid()} else 0o700
     try:
         runtime.mkdir(exist_ok=True)
         if runtime.is_symlink() or runtime.stat().st_uid != os.geteuid():

@@ -164,7 +164,7 @@ class Import:
     """
 
     def __init__(self, estate: Estate, owner: bytes, turn: Turn, request: Provision, vtpm: ImportVtpm) -> None:
-        estate.table.check_room(request.vm_id)
+        estate.table.check_room(request.vm_id, owner)
         self._estate = estate
         self._owner = owner
         self._turn = turn
@@ -220,6 +220,7 @@ class Import:
             vm_key=request.vm_key,
             policy=instance.policy,
             label=instance.label,
+            inject_key=request.inject_key,
         )
         block = VmSecurityBlock.provision_imported(
             request.vm_id, ownership, header.vtpm_id, header.version, hibernated=header.hibernated

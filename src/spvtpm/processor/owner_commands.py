@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_order import Turn
+from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Entry, Ledger
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.pcr_banks import check_pcr_banks
@@ -45,6 +46,7 @@ class Estate:
         table: the security blocks.
         vtpms: the vTPM manager.
         ledger: of vTPMs that are gone.
+        secrets: of the VMs that run.
         here: this chip, and what runs on it.
         sp_secret: the chip's half of the keys of instance files.
     """
@@ -54,6 +56,7 @@ class Estate:
     table: VmTable
     vtpms: VtpmManager
     ledger: Ledger
+    secrets: LaunchSecrets
     here: Here
     sp_secret: SpSecret
 
@@ -107,6 +110,7 @@ class Estate:
                 changes: list[Change] = [removal, self.ledger.change(block.vtpm_id, entry)]
                 await self.vtpms.destroy(block.vtpm_id, changes, self.guard.milestone)
         self.table.remove(block.vm_id)
+        self.secrets.withdraw(block.vm_id)
 
 
 class OwnerCommands:
@@ -128,6 +132,8 @@ class OwnerCommands:
 
         Raises:
             AlreadyExists: the VM has one.
+            NotAdmitted: its host has not announced it.
+            TooMany: this owner has as many as he may have.
             ChipNotAllowed, FirmwareTooOld: the policy does not allow this chip.
             PcrBankUnknown: it asks for a PCR bank that there is none of.
             ResourceError: there is no room.
@@ -141,6 +147,7 @@ class OwnerCommands:
             vm_key=request.vm_key,
             policy=vtpm.policy,
             label=vtpm.label,
+            inject_key=request.inject_key,
         )
         block = VmSecurityBlock.provision(request.vm_id, ownership)
         async with estate.table.lock(request.vm_id), estate.table.room_for(block):

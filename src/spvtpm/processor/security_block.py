@@ -54,6 +54,7 @@ class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         vm_key: 32 bytes, shared with the VM.
         policy: what the owner allows.
         label: the owner's words for the vTPM.
+        inject_key: whether the VM is handed its key at each boot.
     """
 
     owner: Annotated[bytes, Meta(min_length=FINGERPRINT_BYTES, max_length=FINGERPRINT_BYTES)]
@@ -61,6 +62,7 @@ class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     vm_key: Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
     policy: Policy
     label: Label
+    inject_key: bool
 
     def __repr__(self) -> str:
         return f"Ownership(owner={self.owner.hex()})"
@@ -70,7 +72,7 @@ class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Annotated[int, Meta(ge=2, le=2)]
+    format: Annotated[int, Meta(ge=3, le=3)]
     vm_id: uuid.UUID
     ownership: Ownership
     vtpm_id: uuid.UUID | None
@@ -92,6 +94,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         vtpm_id: the one vTPM bound to this VM, if it has one.
         version: of the vTPM's last export or import; 0 if there was none.
         events: the newest ones, oldest first.
+        vm_uid: user id of the VM's process in this boot; None: any that may command.
     """
 
     vm_id: uuid.UUID
@@ -102,6 +105,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     vtpm_id: uuid.UUID | None = None
     version: int = 0
     events: tuple[Event, ...] = ()
+    vm_uid: int | None = None
 
     @classmethod
     def provision(cls, vm_id: uuid.UUID, ownership: Ownership) -> Self:
@@ -117,7 +121,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         block = cls(vm_id, ownership, state, vtpm_id=vtpm_id, version=version)
         return block.noting("provisioned").noting("imported", f"version {version}")
 
-    def launch(self) -> Self:
+    def launch(self, vm_uid: int | None = None) -> Self:
         """The first boot.
 
         Raises:
@@ -125,9 +129,9 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         """
         if self.boots:
             raise AlreadyExists(f"launch: VM {self.vm_id} has been launched before; start it")
-        return self._boot("launched")
+        return self._boot("launched", vm_uid)
 
-    def start(self) -> Self:
+    def start(self, vm_uid: int | None = None) -> Self:
         """Another boot: new boot id, so every frame of an earlier boot is dead.
 
         Raises:
@@ -136,12 +140,13 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         self._require("start", VmState.STOPPED, VmState.HIBERNATED)
         if not self.boots:
             raise WrongState(f"start: VM {self.vm_id} has never been launched")
-        return self._boot("started")
+        return self._boot("started", vm_uid)
 
-    def _boot(self, word: str) -> Self:
+    def _boot(self, word: str, vm_uid: int | None) -> Self:
         word = "resumed" if self.state is VmState.HIBERNATED else word
         boots = self.boots + 1
-        block = msgspec.structs.replace(self, state=VmState.RUNNING, boot_id=os.urandom(_BOOT_ID_BYTES), boots=boots)
+        boot_id = os.urandom(_BOOT_ID_BYTES)
+        block = msgspec.structs.replace(self, state=VmState.RUNNING, boot_id=boot_id, boots=boots, vm_uid=vm_uid)
         return block.noting(word, f"boot {boots}")
 
     def stop(self) -> Self:
@@ -227,7 +232,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         """What outlives the SP's process. Secret."""
         hibernated = self.state is VmState.HIBERNATED
         fields = (self.ownership, self.vtpm_id, self.boots, self.version, hibernated, self.events)
-        return msgspec.msgpack.encode(_Record(2, self.vm_id, *fields))
+        return msgspec.msgpack.encode(_Record(3, self.vm_id, *fields))
 
     @classmethod
     def from_record(cls, vm_id: uuid.UUID, record: bytes) -> Self:

@@ -13,14 +13,16 @@ import uuid
 from msgspec.structs import replace
 
 from spvtpm.processor.allowed import Here
+from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
+from spvtpm.processor.users import Users
 from spvtpm.processor.vm_table import VmTable, block_change
 from spvtpm.processor.vtpm import Residency, Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.processor.vtpm_records import RECORD_PREFIXES, hibernated_name, record_names
-from spvtpm.processor.vtpm_services import Commit
+from spvtpm.processor.vtpm_services import Boot, Commit
 from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
 from spvtpm.wire.messages import PAGE_VMS, Endorsement, VmInfo, VmList, VtpmInfo
 
@@ -36,6 +38,8 @@ class SecurityManager:
         guard: makes such changes durable that must never be undone.
         table: the security blocks.
         vtpms: the vTPM manager.
+        secrets: of the VMs that run.
+        users: who may have what.
         here: this chip, and what runs on it.
     """
 
@@ -46,6 +50,8 @@ class SecurityManager:
         guard: RollbackGuard,
         table: VmTable,
         vtpms: VtpmManager,
+        secrets: LaunchSecrets,
+        users: Users,
         here: Here,
     ) -> None:
         self._store = store
@@ -53,6 +59,8 @@ class SecurityManager:
         self._guard = guard
         self._table = table
         self._vtpms = vtpms
+        self._secrets = secrets
+        self._users = users
         self._here = here
 
     async def load(self) -> None:
@@ -75,19 +83,21 @@ class SecurityManager:
             raise WrongState(f"VM {block.vm_id} has no vTPM")
         return self._vtpms.get(block.vtpm_id)
 
-    async def launch(self, vm_id: uuid.UUID, *, with_vtpm: bool) -> VmInfo:
+    async def launch(self, vm_id: uuid.UUID, *, with_vtpm: bool, vm_uid: int | None) -> VmInfo:
         """Begins a provisioned VM's first boot; a vTPM that its owner wants new is made, and becomes durable with the block.
 
         Raises:
             NotFound: its owner has not provisioned it.
             AlreadyExists: it has been launched before.
             WrongState: it has a vTPM already, and cannot be without.
+            PermissionRefused: `vm_uid` is no user of VMs.
             ChipNotAllowed, FirmwareTooOld: its owner's policy does not allow what is here.
             ResourceError: it is as it was.
         """
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
-            launched = block.launch()
+            self._users.check(vm_uid)
+            launched = block.launch(vm_uid)
             self._here.check(block.ownership.policy)
             if block.vtpm_id is not None:
                 if not with_vtpm:
@@ -103,7 +113,15 @@ class SecurityManager:
             except BaseException:
                 self._table.put(block)
                 raise
+            self._offer_secret(vm_id)
             return self.info(vm_id)
+
+    def _offer_secret(self, vm_id: uuid.UUID) -> None:
+        block = self._table.get(vm_id)
+        try:
+            self._secrets.offer(block, self._users.of(block))
+        except SpvtpmError as error:  # the VM runs, and has to be reset for its key
+            log.error("VM %s: its launch secret cannot be offered: %s", vm_id, error)
 
     async def create_vtpm(self, vm_id: uuid.UUID) -> VmInfo:
         """A vTPM for a running VM that has none (C3).
@@ -124,24 +142,30 @@ class SecurityManager:
             return Binding(block_change(block.bind(vtpm_id)), block_change(before))
 
         banks = block.ownership.policy.pcr_banks
-        vtpm = await self._vtpms.create(block.vm_id, _boot_of(block), bind, banks)
+        vtpm = await self._vtpms.create(block.vm_id, self._boot_of(block), bind, banks)
         self._table.put(block.bind(vtpm.vtpm_id))
 
-    async def start(self, vm_id: uuid.UUID) -> VmInfo:
+    async def start(self, vm_id: uuid.UUID, vm_uid: int | None) -> VmInfo:
         """A new boot of a stopped VM, or one that goes on where a hibernated VM was.
 
         Raises:
             NotFound, WrongState: the block does not allow it.
+            PermissionRefused: `vm_uid` is no user of VMs.
             ChipNotAllowed, FirmwareTooOld: its owner's policy does not allow what is here.
             IntegrityError: its vTPM's stored state cannot be believed; the VM is as it was.
             ResourceError: it is as it was.
         """
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
-            await self._start(block, block.start())
+            self._users.check(vm_uid)
+            await self._start(block, block.start(vm_uid))
             return self.info(vm_id)
 
     async def _start(self, block: VmSecurityBlock, started: VmSecurityBlock) -> None:
+        await self._boot(block, started)
+        self._offer_secret(block.vm_id)
+
+    async def _boot(self, block: VmSecurityBlock, started: VmSecurityBlock) -> None:
         self._here.check(block.ownership.policy)
         if block.state is VmState.HIBERNATED:
             await self._resume(block, started)
@@ -150,7 +174,7 @@ class SecurityManager:
         saving = asyncio.ensure_future(self._commit([block_change(started)]))  # the disk works meanwhile
         try:
             if started.vtpm_id is not None:
-                await self._vtpms.get(started.vtpm_id).power_on(*_boot_of(started))
+                await self._vtpms.get(started.vtpm_id).power_on(self._boot_of(started))
             await saving
         except SpvtpmError:
             (unsaved,) = await asyncio.gather(saving, return_exceptions=True)
@@ -168,7 +192,7 @@ class SecurityManager:
         await self._guard.milestone([(name, None), block_change(resumed)])
         self._table.put(resumed)
         try:
-            await vtpm.power_on(*_boot_of(resumed), volatile)
+            await vtpm.power_on(self._boot_of(resumed), volatile)
         except SpvtpmError:
             await vtpm.abandon()
             await self._guard.milestone([(name, volatile), block_change(block)])
@@ -192,6 +216,7 @@ class SecurityManager:
 
     async def _stop(self, block: VmSecurityBlock) -> VmSecurityBlock:
         stopped = block.stop()
+        self._secrets.withdraw(block.vm_id)
         if block.vtpm_id is not None:
             await self._vtpms.get(block.vtpm_id).power_off()
         self._table.put(stopped)
@@ -209,7 +234,7 @@ class SecurityManager:
         """
         async with self._table.lock(vm_id):
             stopped = await self._stop(self._table.get(vm_id))
-            await self._start(stopped, stopped.start())
+            await self._start(stopped, stopped.start(stopped.vm_uid))
             return self.info(vm_id)
 
     async def hibernate(self, vm_id: uuid.UUID) -> VmInfo:
@@ -228,6 +253,7 @@ class SecurityManager:
                 await self._guard.milestone([(hibernated_name(vtpm.vtpm_id), volatile), block_change(hibernated)])
 
             await vtpm.hibernate(save)
+            self._secrets.withdraw(vm_id)
             self._table.put(hibernated)
             return self.info(vm_id)
 
@@ -263,7 +289,7 @@ class SecurityManager:
         if self._table.is_damaged(vm_id):
             return VmInfo(vm_id, "damaged", 0, None)
         block = self._table.get(vm_id)
-        return VmInfo(vm_id, block.state.value, block.boots, self._vtpm_info(block))
+        return VmInfo(vm_id, block.state.value, block.boots, self._vtpm_info(block), self._secrets.path(vm_id))
 
     def _vtpm_info(self, block: VmSecurityBlock) -> VtpmInfo | None:
         if block.vtpm_id is None:
@@ -289,12 +315,11 @@ class SecurityManager:
         page = [self.info(vm_id) for vm_id in following[:PAGE_VMS]]
         return VmList(page, more=len(following) > len(page))
 
+    def _boot_of(self, block: VmSecurityBlock) -> Boot:
+        assert block.boot_id is not None  # noqa: S101  # a running block has one
+        return Boot(block.boot_id, block.boot_key(), self._users.of(block))
+
     def residents(self) -> tuple[int, int, int]:
         """How many VMs there are, and how many active and parked vTPMs."""
         count = self._vtpms.count()
         return len(self._table), count[Residency.ACTIVE], count[Residency.PARKED]
-
-
-def _boot_of(block: VmSecurityBlock) -> tuple[bytes, bytes]:
-    assert block.boot_id is not None  # noqa: S101  # a running block has one
-    return block.boot_id, block.boot_key()

@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
+from spvtpm.processor.admission import Admission
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
-from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError
+from spvtpm.processor.vtpm_services import Commit
+from spvtpm.wire.errors import AlreadyExists, IntegrityError, NotFound, ResourceError, TooMany
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +37,14 @@ class VmTable:
     """All security blocks of an SP, as they are in memory. Whoever changes one has made it durable, and holds the VM's lock.
 
     Args:
-        max_vms: blocks at a time.
+        admission: which VMs may come.
     """
 
-    def __init__(self, max_vms: int) -> None:
-        self._max_vms = max_vms
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
         self._blocks: dict[uuid.UUID, VmSecurityBlock] = {}
         self._damaged: dict[uuid.UUID, str] = {}
-        self._coming: set[uuid.UUID] = set()
+        self._coming: dict[uuid.UUID, bytes] = {}
         self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
 
     def load(self, store: NvStore) -> None:
@@ -81,33 +83,61 @@ class VmTable:
         """The block is gone."""
         del self._blocks[vm_id]
 
-    def check_room(self, vm_id: uuid.UUID) -> None:
+    def check_room(self, vm_id: uuid.UUID, owner: bytes) -> None:
         """Whether a new block of this id can be made.
+
+        Args:
+            vm_id: of the VM.
+            owner: whose it is to be, 32 bytes.
 
         Raises:
             AlreadyExists: the VM has one.
+            NotAdmitted: the hypervisor has not announced it.
+            TooMany: this owner has as many as he may have.
             ResourceError: the table is full.
         """
         if vm_id in self._blocks or vm_id in self._damaged or vm_id in self._coming:
             raise AlreadyExists(f"VM {vm_id} has a security block already")
-        if len(self) + len(self._coming) >= self._max_vms:
-            raise ResourceError(f"this secure processor holds {self._max_vms} VMs at most")
+        self._admission.check(vm_id)
+        if len(self) + len(self._coming) >= self._admission.max_vms:
+            raise ResourceError(f"this secure processor holds {self._admission.max_vms} VMs at most")
+        owned = sum(block.ownership.owner == owner for block in self._blocks.values())
+        if owned + list(self._coming.values()).count(owner) >= self._admission.max_vms_of_one_owner:
+            most = self._admission.max_vms_of_one_owner
+            raise TooMany(f"this secure processor holds {most} VMs of one owner at most")
 
     @asynccontextmanager
     async def room_for(self, block: VmSecurityBlock) -> AsyncIterator[None]:
         """Holds a place for the new block; nobody sees it there before the body has made it durable.
 
         Raises:
-            AlreadyExists: the VM has one.
-            ResourceError: the table is full.
+            as `check_room`.
         """
-        self.check_room(block.vm_id)
-        self._coming.add(block.vm_id)
+        self.check_room(block.vm_id, block.ownership.owner)
+        self._coming[block.vm_id] = block.ownership.owner
         try:
             yield
             self.put(block)
+            self._admission.has_come(block.vm_id)
         finally:
-            self._coming.discard(block.vm_id)
+            del self._coming[block.vm_id]
+
+    async def note(
+        self, commit: Commit, vm_id: uuid.UUID, boot_id: bytes, what: str, detail: str
+    ) -> VmSecurityBlock | None:
+        """Makes an event of a boot durable, if that is still under way; gives the block then, otherwise None.
+
+        Raises:
+            StorageError: it is not durable.
+        """
+        async with self.lock(vm_id):
+            block = self._blocks.get(vm_id)
+            if block is None or block.boot_id != boot_id:
+                return None
+            noted = block.noting(what, detail)
+            self.put(noted)
+            await commit([block_change(noted)])
+            return noted
 
     def fail(self, vm_id: uuid.UUID, reason: str) -> None:
         """The VM's vTPM died by itself."""

@@ -20,7 +20,7 @@ from spvtpm.processor.interfaces.offer import InterfaceOffer
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.pcr_banks import check_pcr_banks
 from spvtpm.processor.vtpm_records import endorsement_name, record_name
-from spvtpm.processor.vtpm_services import VtpmServices
+from spvtpm.processor.vtpm_services import Boot, VtpmServices
 from spvtpm.processor.worker.messages import (
     DirectPort,
     FromWorker,
@@ -76,14 +76,13 @@ class Vtpm:
         self.interface: InterfaceOffer | None = None
         self._services = services
         self._lock = asyncio.Lock()
-        self._boot: tuple[bytes, bytes] | None = None
+        self._boot: Boot | None = None
         self._session: WorkerSession | None = None
 
     async def begin(
         self,
         blank: Blank,
-        boot_id: bytes,
-        boot_key: bytes,
+        boot: Boot,
         with_changes: Sequence[Change],
         pcr_banks: Collection[str] = (),
     ) -> None:
@@ -91,8 +90,7 @@ class Vtpm:
 
         Args:
             blank: the TPM, born with this vTPM's id.
-            boot_id: 16 bytes.
-            boot_key: 32 bytes.
+            boot: that is under way.
             with_changes: to NV.
             pcr_banks: names of the PCR banks that it has; none: as it is manufactured.
 
@@ -104,16 +102,15 @@ class Vtpm:
         """
         check_pcr_banks(pcr_banks)
         async with self._lock:
-            start = Start(self._port(boot_id, boot_key), pcr_banks=sorted(pcr_banks))
+            start = Start(self._port(boot), pcr_banks=sorted(pcr_banks))
             endorsement = endorsement_name(self.vtpm_id), encode_endorsement(blank.birth.endorsement)
-            await self._begin_boot(start, [endorsement, *with_changes], blank.worker)
+            await self._begin_boot(boot, start, [endorsement, *with_changes], blank.worker)
 
-    async def power_on(self, boot_id: bytes, boot_key: bytes, volatile: bytes | None = None) -> None:
+    async def power_on(self, boot: Boot, volatile: bytes | None = None) -> None:
         """Begins a boot from the durable state.
 
         Args:
-            boot_id: 16 bytes.
-            boot_key: 32 bytes.
+            boot: that is under way.
             volatile: as `hibernate` gave it, to go on there; otherwise the TPM starts anew.
 
         Raises:
@@ -123,23 +120,24 @@ class Vtpm:
         """
         async with self._lock:
             permanent = self._services.store.read(record_name(self.vtpm_id))
-            start = Start(self._port(boot_id, boot_key), permanent, volatile, reseed=volatile is not None)
-            await self._begin_boot(start, [])
+            start = Start(self._port(boot), permanent, volatile, reseed=volatile is not None)
+            await self._begin_boot(boot, start, [])
 
-    def _port(self, boot_id: bytes, boot_key: bytes) -> DirectPort:
-        return DirectPort(self.vm_id.bytes, boot_id, boot_key)
+    def _port(self, boot: Boot) -> DirectPort:
+        return DirectPort(self.vm_id.bytes, boot.boot_id, boot.key)
 
-    async def _begin_boot(self, start: Start, with_changes: Sequence[Change], worker: Worker | None = None) -> None:
+    async def _begin_boot(
+        self, boot: Boot, start: Start, with_changes: Sequence[Change], worker: Worker | None = None
+    ) -> None:
         if self.residency is not Residency.OFF:
             raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
         fresh = self.interface is None
         if self.interface is None:
             path = self._services.runtime / f"{self.vm_id}.sock"
-            self.interface = InterfaceOffer(path, self._services.allowed_uids)
+            self.interface = InterfaceOffer(path, boot.uids)
         else:
             self._unwatch()
-        assert isinstance(start.port, DirectPort)  # noqa: S101  # the SP serves no other
-        self._boot = start.port.boot_id, start.port.boot_key
+        self._boot = boot
         try:
             worker = worker or await self._services.pool.take()
             listen = self.interface.listen if fresh else _nothing
@@ -239,7 +237,7 @@ class Vtpm:
         try:
             permanent = self._services.store.read(record_name(self.vtpm_id))
             parked = self._services.parking.take(self.vtpm_id)
-            port = DirectPort(self.vm_id.bytes, *self._boot, parked.snapshot)
+            port = DirectPort(self.vm_id.bytes, self._boot.boot_id, self._boot.key, parked.snapshot)
             await self._run_worker(worker, Start(port, permanent, parked.volatile), [], _nothing)
         except SpvtpmError as error:
             worker.kill()

@@ -15,7 +15,7 @@ from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.vtpm import Residency, Vtpm
 from spvtpm.processor.vtpm_records import record_names
-from spvtpm.processor.vtpm_services import Commit, VtpmServices
+from spvtpm.processor.vtpm_services import Boot, Commit, VtpmServices
 from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
 from spvtpm.wire.messages import Endorsement
 
@@ -87,7 +87,7 @@ class VtpmManager:
     async def create(
         self,
         vm_id: uuid.UUID,
-        boot: tuple[bytes, bytes],
+        boot: Boot,
         bind: Callable[[uuid.UUID], Binding],
         pcr_banks: Collection[str] = (),
     ) -> Vtpm:
@@ -95,7 +95,7 @@ class VtpmManager:
 
         Args:
             vm_id: the VM it will serve for ever.
-            boot: boot id (16 bytes) and boot key (32 bytes).
+            boot: that is under way.
             bind: the binding of a vTPM with this id to its VM.
             pcr_banks: names of the PCR banks that it has; none: as it is manufactured.
 
@@ -107,7 +107,7 @@ class VtpmManager:
         vtpm_id = blank.birth.vtpm_id
         vtpm, binding = Vtpm(vtpm_id, vm_id, self._services), bind(vtpm_id)
         try:
-            await vtpm.begin(blank, *boot, [binding.made], pcr_banks)
+            await vtpm.begin(blank, boot, [binding.made], pcr_banks)
         except SpvtpmError:
             blank.worker.kill()
             blank.worker.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from spvtpm.processor.nv_store import Change, NvStore
@@ -13,6 +13,21 @@ from spvtpm.processor.worker_pool import WorkerPool
 
 Commit = Callable[[Sequence[Change]], Coroutine[None, None, None]]
 """Returns once the changes are durable, or raises `StorageError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A boot that has begun, for its vTPM.
+
+    Attributes:
+        boot_id: 16 bytes.
+        key: 32 bytes.
+        uids: whose processes may take the interface.
+    """
+
+    boot_id: bytes
+    key: bytes = field(repr=False)
+    uids: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +40,6 @@ class VtpmServices:
         pool: worker processes.
         parking: parked states.
         runtime: directory of interface sockets.
-        allowed_uids: who may take interfaces.
         on_failure: told of each VM whose vTPM died by itself, and why.
     """
 
@@ -34,5 +48,4 @@ class VtpmServices:
     pool: WorkerPool
     parking: ParkingLot
     runtime: Path
-    allowed_uids: frozenset[int]
     on_failure: Callable[[uuid.UUID, str], None]

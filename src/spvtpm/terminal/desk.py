@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from cryptography import x509
 
 from spvtpm.terminal.attestation import Demands, Verified, verify_endorsement, verify_secure_processor
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.relay import OpenRelay
 from spvtpm.terminal.session import TIMEOUT_S, OwnerSession
 from spvtpm.terminal.whereabouts import AtChip, Destroyed, Known, after_fate
 from spvtpm.wire.errors import NotFound
@@ -51,7 +51,7 @@ class Desk:
 
     Args:
         keyring: the owner's.
-        channel: the relay's socket, or an SP's state directory.
+        way: to the secure processor.
         wishes: of the owner.
         tell: is told what was verified, before anything is said to the chip.
         timeout_s: how long each message may take.
@@ -61,14 +61,14 @@ class Desk:
     def __init__(
         self,
         keyring: Keyring,
-        channel: Path,
+        way: OpenRelay,
         wishes: Wishes = Wishes(),  # frozen
         tell: Callable[[Verified], None] = _ignore,
         timeout_s: float = TIMEOUT_S,
         now: Callable[[], datetime] = _now,
     ) -> None:
         self.keyring = keyring
-        self._channel = channel
+        self._way = way
         self._wishes = wishes
         self._tell = tell
         self._timeout_s = timeout_s
@@ -77,7 +77,7 @@ class Desk:
     def at(self, chip_id: bytes) -> Desk:
         """The same desk for one chip only."""
         wishes = replace(self._wishes, chips=frozenset([chip_id]))
-        return Desk(self.keyring, self._channel, wishes, _ignore, self._timeout_s, self._now)
+        return Desk(self.keyring, self._way, wishes, _ignore, self._timeout_s, self._now)
 
     def connect(self) -> OwnerSession:
         """A channel to a chip that was verified just now. What was seen of its revocation list is remembered.
@@ -86,16 +86,26 @@ class Desk:
             as `OwnerSession.open`; and KeyringError: the keyring is damaged.
         """
         content = self.keyring.content
-        return OwnerSession.open(self._channel, content.load_key(), content.certificate, self._verify, self._timeout_s)
+        return OwnerSession.open(self._way, content.load_key(), content.certificate, self._verify, self._timeout_s)
 
-    def provision(self, vm_id: uuid.UUID, vm_key: bytes, policy: Policy, label: str) -> MyVm:
+    def provision(
+        self, vm_id: uuid.UUID, vm_key: bytes, policy: Policy, label: str, *, inject_key: bool = False
+    ) -> MyVm:
         """Makes a VM whose vTPM begins in the default state. If the answer is lost, `list` shows whether it is there.
+
+        Args:
+            vm_id: the VM.
+            vm_key: 32 bytes.
+            policy: what is allowed.
+            label: the owner's words.
+            inject_key: whether the secure processor hands the VM key to the VM, once for each boot.
 
         Raises:
             SpvtpmError: the SP's refusal, or the channel broke.
         """
         with self.keyring.moving(), self.connect() as session:
-            return session.provision_new(vm_id, self.keyring.content.user_secrets[0], vm_key, policy, label)
+            secret = self.keyring.content.user_secrets[0]
+            return session.provision_new(vm_id, secret, vm_key, policy, label, inject_key=inject_key)
 
     def destroy(self, vm_id: uuid.UUID) -> None:
         """Destroys a VM's security block, vTPM and secrets there, for good.
@@ -132,8 +142,24 @@ class Desk:
         """
         with self.keyring.moving(), self.connect() as session:
             vms = session.list_mine()
-            self.keyring.remember(*self._seen(vms, session.verified.chip_id))
+            self.remember(session, *vms)
         return vms
+
+    def look(self, vm_id: uuid.UUID) -> MyVm | None:
+        """One of this owner's VMs there, if it is; the keyring remembers what its vTPM is and where it lives.
+
+        Raises:
+            SpvtpmError: the SP's refusal, or the channel broke.
+        """
+        with self.keyring.moving(), self.connect() as session:
+            vm = session.find(vm_id)
+            self.remember(session, vm)
+        return vm
+
+    def remember(self, session: OwnerSession, *vms: MyVm | None) -> None:
+        """Remembers where the vTPMs of these VMs live, which were found in a session just now; in `keyring.moving()`."""
+        found = [vm for vm in vms if vm is not None]
+        self.keyring.remember(*self._seen(found, session.verified.chip_id))
 
     def fate(self, vtpm_id: uuid.UUID) -> Fate:
         """What became of a vTPM there; what is remembered of it is brought up to date.

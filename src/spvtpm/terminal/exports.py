@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,19 +52,22 @@ class Exported:
     resumed: bool
 
 
-def export_vtpm(desk: Desk, vm_id: uuid.UUID, output: Path, progress: Progress = no_progress) -> Exported:
+Output = Callable[[int], Path]
+"""Where the file of a version shall be."""
+
+
+def export_vtpm(desk: Desk, vm_id: uuid.UUID, output: Path | Output, progress: Progress = no_progress) -> Exported:
     """Brings the vTPM of a stopped or hibernated VM into a file; its secure processor keeps nothing of it.
 
     Args:
         desk: at the chip where it lives.
         vm_id: the VM.
-        output: the file; must not exist, unless an export to it was broken off.
+        output: the file, or what names it by its version; must not exist, unless an export to it was broken off.
         progress: is told how far the transfer is.
 
     Raises:
         SpvtpmError: not done, or not known to be done; the same export again finishes or repeats it.
     """
-    output = output.absolute()
     with desk.keyring.moving(), desk.connect() as session:
         before = _last(desk, vm_id, Exporting)
         finished = None if before is None else _settle(desk, session, before)
@@ -72,18 +76,24 @@ def export_vtpm(desk: Desk, vm_id: uuid.UUID, output: Path, progress: Progress =
         vm = _present(desk, session, vm_id)
         if isinstance(vm, Exported):
             return vm
-        _check_output(output, before)
+        _check_output(_path(output, vm.version + 1), before)
         received = session.export(vm_id, progress)
-        known = _exporting(desk, session, vm, received, output)
+        path = _path(output, received.begins.version)
+        _check_output(path, before)
+        known = _exporting(desk, session, vm, received, path)
         if before is not None and isinstance(before.place, Exporting):
             _remove_void(before.place)
         desk.keyring.remember(known)
-        create_file(output, received.content)
+        create_file(path, received.content)
         session.acknowledge(vm_id, received)
-        file = InFile(received.begins.version, received.sha256, str(output))
+        file = InFile(received.begins.version, received.sha256, str(path))
         known = Known(known.vtpm_id, vm_id, known.label, known.newest, file)
         desk.keyring.remember(known)
     return Exported(known, file, resumed=False)
+
+
+def _path(output: Path | Output, version: int) -> Path:
+    return (output if isinstance(output, Path) else output(version)).absolute()
 
 
 def _last(desk: Desk, vm_id: uuid.UUID, kind: type[Exporting | InFile]) -> Known | None:

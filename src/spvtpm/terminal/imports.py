@@ -24,7 +24,15 @@ from spvtpm.wire.instance_file import MAX_FILE_BYTES, InstanceHeader, parse_inst
 from spvtpm.wire.owner_messages import MyVm
 
 
-def import_vtpm(desk: Desk, vm_id: uuid.UUID, vm_key: bytes, path: Path, progress: Progress = no_progress) -> MyVm:
+def import_vtpm(
+    desk: Desk,
+    vm_id: uuid.UUID,
+    vm_key: bytes,
+    path: Path,
+    progress: Progress = no_progress,
+    *,
+    inject_key: bool = False,
+) -> MyVm:
     """Makes a VM whose vTPM comes out of an instance file.
 
     Args:
@@ -33,6 +41,7 @@ def import_vtpm(desk: Desk, vm_id: uuid.UUID, vm_key: bytes, path: Path, progres
         vm_key: 32 bytes, which the VM has as well.
         path: the file.
         progress: is told how far the transfer is.
+        inject_key: whether the secure processor hands the VM key to the VM, once for each boot.
 
     Raises:
         StaleInstance: the file is older than what was seen, or its vTPM lives elsewhere.
@@ -53,7 +62,7 @@ def import_vtpm(desk: Desk, vm_id: uuid.UUID, vm_key: bytes, path: Path, progres
         newest, label = (0, "") if known is None else (known.newest, known.label)
         known = Known(header.vtpm_id, vm_id, label, newest, place)
         desk.keyring.remember(known)
-        vm = _send(desk.at(chip_id), known, vm_key, file, progress)
+        vm = _send(desk.at(chip_id), known, vm_key, file, progress, inject_key)
         if vm.vtpm_id != header.vtpm_id:
             raise MessageError("the secure processor made another vTPM than the file's")
         newest = max(newest, header.version, vm.version)
@@ -80,13 +89,15 @@ def _check_fleet(header: InstanceHeader, session: OwnerSession) -> None:
         )
 
 
-def _send(desk: Desk, known: Known, vm_key: bytes, file: bytes, progress: Progress) -> MyVm:
+def _send(desk: Desk, known: Known, vm_key: bytes, file: bytes, progress: Progress, inject_key: bool) -> MyVm:
     """Has the file imported with the newest secret, or the older one that it was sealed under; a channel for each attempt."""
     secrets = desk.keyring.content.user_secrets
     for secret in secrets:
         with desk.connect() as session:
             try:
-                return session.provision_import(known.vm_id, secret, vm_key, file, known.newest, progress)
+                return session.provision_import(
+                    known.vm_id, secret, vm_key, file, known.newest, progress, inject_key=inject_key
+                )
             except WrongInstanceKeys:
                 if secret is secrets[-1]:
                     _take_back(desk, known.vtpm_id)

@@ -3,6 +3,7 @@
     keyring              everything that is secret or must not be put back      docs/formats/keyring.md
     revoked-<issuer>.der the newest revocation list of each vendor; public, and signed by him
     moves/               held by the one operation that moves a vTPM
+    instances/           files of vTPMs that live in no secure processor, unless they were put elsewhere
 
 Every change is one atomic, durable replacement of `keyring`, made while the directory is locked. What was read before a lock is
 never written back.
@@ -30,6 +31,7 @@ from spvtpm.terminal.keyring_file import (
     MAX_PASSPHRASE_BYTES,
     MAX_ROOTS,
     MAX_SECRETS,
+    MAX_VMS,
     MAX_VTPMS,
     Content,
     ListSeen,
@@ -43,10 +45,12 @@ from spvtpm.terminal.keyring_file import (
     parse_sealed,
     passphrase_key_of,
 )
+from spvtpm.terminal.owned import Account, OwnedVm
 from spvtpm.terminal.whereabouts import Known
 from spvtpm.wire.errors import (
     AlreadyExists,
     KeyringError,
+    NotFound,
     ResourceError,
     RevocationUnknown,
     StorageError,
@@ -56,7 +60,7 @@ from spvtpm.wire.instance_file import SECRET_BYTES
 from spvtpm.wire.owner_certificates import build_owner_certificate
 from spvtpm.wire.revocation import MAX_REVOCATION_LIST_BYTES, RevocationList, parse_revocation_list
 
-_FILE, _MOVES = "keyring", "moves"
+_FILE, _MOVES, _INSTANCES = "keyring", "moves", "instances"
 
 
 class Keyring:
@@ -181,6 +185,61 @@ class Keyring:
             lambda content: replace(content, vtpms=tuple(known for known in content.vtpms if known.vtpm_id != vtpm_id))
         )
         return before is not None
+
+    def vm(self, name: str) -> OwnedVm | None:
+        """The owner's VM of this name."""
+        return next((vm for vm in self.content.vms if vm.name == name), None)
+
+    def owned(self, name: str) -> OwnedVm:
+        """The same.
+
+        Raises:
+            NotFound: there is none.
+        """
+        vm = self.vm(name)
+        if vm is None:
+            raise NotFound(f"the keyring has no VM {name}")
+        return vm
+
+    def keep_vm(self, new: OwnedVm) -> None:
+        """Puts this in the place of what was kept under its id; durable.
+
+        Raises:
+            AlreadyExists: another VM has the name.
+            ResourceError: there is no room for another VM.
+        """
+
+        def change(content: Content) -> Content:
+            others = tuple(vm for vm in content.vms if vm.vm_id != new.vm_id)
+            if any(vm.name == new.name for vm in others):
+                raise AlreadyExists(f"the keyring has another VM {new.name}")
+            if len(others) >= MAX_VMS:
+                raise ResourceError(f"the keyring has room for {MAX_VMS} VMs")
+            return replace(content, vms=(*others, new))
+
+        self.update(change)
+
+    def drop_vm(self, vm_id: uuid.UUID) -> None:
+        """Forgets a VM, and with it the only copy of its key."""
+        self.update(lambda content: replace(content, vms=tuple(vm for vm in content.vms if vm.vm_id != vm_id)))
+
+    def use_platform(self, account: Account | None) -> None:
+        """Uses this platform from now on, or none."""
+        self.update(lambda content: replace(content, account=account))
+
+    def instances(self) -> Path:
+        """The directory of instance files; it is made if it is missing.
+
+        Raises:
+            KeyringError: it cannot be made.
+        """
+        directory = self.directory.absolute() / _INSTANCES
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise KeyringError(f"cannot make {directory}: {error.strerror}") from None
+        return directory
 
     def add_user_secret(self) -> bytes:
         """A new `UserSecret`, 32 bytes, durable before it is given; the older ones stay, for older files.

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 from msgspec import Meta
 
+from spvtpm.terminal.owned import Account, OwnedVm
 from spvtpm.terminal.whereabouts import Known
 from spvtpm.wire.certificates import ROOT, parse_certificate
 from spvtpm.wire.checksummed import ChecksummedFile, WrongChecksum
@@ -28,12 +29,13 @@ from spvtpm.wire.instance_file import SECRET_BYTES
 from spvtpm.wire.owner_certificates import parse_owner_certificate
 from spvtpm.wire.vtpm_endorsement import DerCertificate
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAX_KEYRING_BYTES: Final = 1 << 23
 MAX_SECRETS: Final = 256
 MAX_ROOTS: Final = 16
 MAX_LISTS: Final = 64
 MAX_VTPMS: Final = 8192
+MAX_VMS: Final = 4096
 MAX_PASSPHRASE_BYTES: Final = 1024
 
 _Secret = Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
@@ -61,6 +63,8 @@ class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         roots: the vendors' root certificates that are trusted, DER.
         lists_seen: one for each issuer.
         vtpms: what is remembered of each.
+        account: the cloud platform that is used, if one is.
+        vms: the owner's VMs there; no two have the same name or id. Holds secrets.
     """
 
     owner_key: Annotated[bytes, Meta(min_length=1, max_length=512)]
@@ -69,12 +73,14 @@ class Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     roots: Annotated[tuple[DerCertificate, ...], Meta(max_length=MAX_ROOTS)] = ()
     lists_seen: Annotated[tuple[ListSeen, ...], Meta(max_length=MAX_LISTS)] = ()
     vtpms: Annotated[tuple[Known, ...], Meta(max_length=MAX_VTPMS)] = ()
+    account: Account | None = None
+    vms: Annotated[tuple[OwnedVm, ...], Meta(max_length=MAX_VMS)] = ()
 
     def __repr__(self) -> str:
-        return f"Content({len(self.vtpms)} vTPMs)"
+        return f"Content({len(self.vtpms)} vTPMs, {len(self.vms)} VMs)"
 
     def __rich_repr__(self) -> list[tuple[str, object]]:
-        return [("vtpms", len(self.vtpms))]
+        return [("vtpms", len(self.vtpms)), ("vms", len(self.vms))]
 
     def load_key(self) -> EllipticCurvePrivateKey:
         """The owner's key.

@@ -1,69 +1,23 @@
-"""The way to a secure processor: frames through a unix socket, handed on by somebody who may do anything with them."""
+"""The way to a secure processor, or to a VM: frames, handed on by somebody who may do anything with them."""
 
 from __future__ import annotations
 
-import socket
-import time
-from collections.abc import Iterable
-from pathlib import Path
-
-from spvtpm.wire.errors import ChannelError, FrameError, NotRunning, PermissionRefused
-from spvtpm.wire.framing import FrameDecoder, encode_frame
-from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
-
-_READ_BYTES = 1 << 16
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 
-class Relay:
-    """A connection to whoever carries frames to the secure processor.
-
-    Args:
-        path: of the relay's socket, or of an SP's state directory, in which it is `run/channel.sock`.
-        timeout_s: how long a message, one way, may take.
-
-    Raises:
-        NotRunning: nobody listens there.
-        PermissionRefused: this user may not connect.
-    """
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._decoder = FrameDecoder(MAX_CHANNEL_FRAME_BYTES)
-        self._waiting: list[bytes] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout_s)
-        try:
-            if path.is_dir():
-                path = path / "run" / "channel.sock"
-            self._socket.connect(str(path))
-        except PermissionError:
-            self._socket.close()
-            raise PermissionRefused(f"this user may not connect to {path}") from None
-        except OSError as error:
-            self._socket.close()
-            raise NotRunning(f"no secure processor answers at {path}: {error.strerror or error}") from None
+class Relay(Protocol):
+    """A connection to whoever carries frames to the other end of a channel."""
 
     def deadline(self) -> float:
-        """Until when a message that begins now has to be through."""
-        return time.monotonic() + self._timeout_s
+        """Until when a message that begins now has to be through; by `time.monotonic`."""
 
     def send(self, frames: Iterable[bytes]) -> None:
-        """Hands frames over.
+        """Hands frames over. If the connection has ended, says nothing: what was said before is still to be read, and worth more.
 
         Raises:
             ChannelError: nobody takes them.
         """
-        deadline = self.deadline()
-        try:
-            for frame in frames:
-                self._socket.settimeout(_left(deadline))
-                self._socket.sendall(encode_frame(frame))
-        except TimeoutError:
-            raise ChannelError("the other side takes nothing more") from None
-        except (BrokenPipeError, ConnectionResetError):
-            return  # what was said before the connection ended is still to be read, and worth more
-        except OSError as error:
-            raise ChannelError(f"the connection broke: {error.strerror or error}") from None
 
     def receive(self, deadline: float) -> bytes:
         """The next frame.
@@ -72,29 +26,14 @@ class Relay:
             ChannelError: there is none until the deadline, or none any more.
             FrameError: what came is no frame.
         """
-        while not self._waiting:
-            try:
-                self._socket.settimeout(_left(deadline))
-                data = self._socket.recv(_READ_BYTES)
-            except TimeoutError:
-                raise ChannelError("the other side did not answer in time") from None
-            except OSError as error:
-                raise ChannelError(f"the connection broke: {error.strerror or error}") from None
-            if not data:
-                raise ChannelError("the connection was closed before the other side had answered")
-            try:
-                self._waiting += self._decoder.feed(data)
-            except FrameError as error:
-                raise FrameError(f"what answers at this socket is no secure processor's channel: {error}") from None
-        return self._waiting.pop(0)
 
     def close(self) -> None:
         """Ends the connection."""
-        self._socket.close()
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+OpenRelay = Callable[[float], Relay]
+"""Opens a new connection, in which each message, one way, may take so many seconds.
+
+Raises:
+    SpvtpmError: nobody takes the connection.
+"""

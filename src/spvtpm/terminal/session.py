@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from spvtpm.terminal.attestation import Verified
-from spvtpm.terminal.relay import Relay
+from spvtpm.terminal.conversation import Conversation, hear_clear
+from spvtpm.terminal.relay import OpenRelay
 from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.decoding import printable
-from spvtpm.wire.errors import ChannelError, InstanceFileError, MessageError, SpvtpmError, error_from_code
+from spvtpm.wire.errors import InstanceFileError, MessageError, SpvtpmError, error_from_code
 from spvtpm.wire.instance_content import Policy
-from spvtpm.wire.introductions import Introduce, Knock, Papers, encode_clear, parse_clear
+from spvtpm.wire.introductions import Introduce, Knock, Papers, encode_clear
 from spvtpm.wire.messages import Endorsement, ErrorReply
 from spvtpm.wire.owner_certificates import parse_owner_certificate
 from spvtpm.wire.owner_messages import (
@@ -93,17 +92,15 @@ class OwnerSession:
         has_refused: whether the secure processor itself has refused a request, inside the channel.
     """
 
-    def __init__(self, relay: Relay, channel: SecureChannel, verified: Verified) -> None:
-        self._relay = relay
-        self._channel = channel
-        self._messages: list[bytes] = []
+    def __init__(self, conversation: Conversation, verified: Verified) -> None:
+        self._conversation = conversation
         self.verified = verified
         self.has_refused = False
 
     @classmethod
     def open(
         cls,
-        path: Path,
+        way: OpenRelay,
         key: EllipticCurvePrivateKey,
         certificate: bytes,
         verify: Callable[[Sequence[bytes]], Verified],
@@ -112,21 +109,21 @@ class OwnerSession:
         """Knocks, verifies, introduces itself, and opens the channel.
 
         Args:
-            path: of the relay's socket, or of an SP's state directory.
+            way: to the secure processor.
             key: the owner's.
             certificate: the owner's, DER.
             verify: the chain that the other side shows, or raises.
             timeout_s: how long each message may take.
 
         Raises:
-            NotRunning, PermissionRefused: no relay takes the connection.
+            SpvtpmError: no relay takes the connection.
             CertificateError, CertificateRefused: what answers is not a secure processor as demanded. Nothing was sent to it.
             ChannelError, MessageError, FrameError: something between the two sides does not do what it should.
         """
-        relay = Relay(path, timeout_s)
+        relay = way(timeout_s)
         try:
             relay.send([encode_clear(Knock())])
-            papers = _said_in_clear(relay.receive(relay.deadline()))
+            papers = hear_clear(relay, Papers)
             verified = verify(papers.chain)
             relay.send([encode_clear(Introduce(certificate))])
             channel = SecureChannel(
@@ -136,21 +133,39 @@ class OwnerSession:
                 is_server=False,
                 max_message_bytes=MAX_OWNER_MESSAGE_BYTES,
             )
-            session = cls(relay, channel, verified)
-            session._shake_hands()
+            conversation = Conversation(relay, channel)
+            conversation.shake_hands()
         except BaseException:
             relay.close()
             raise
-        return session
+        return cls(conversation, verified)
 
-    def provision_new(self, vm_id: uuid.UUID, user_secret: bytes, vm_key: bytes, policy: Policy, label: str) -> MyVm:
+    def provision_new(
+        self,
+        vm_id: uuid.UUID,
+        user_secret: bytes,
+        vm_key: bytes,
+        policy: Policy,
+        label: str,
+        *,
+        inject_key: bool = False,
+    ) -> MyVm:
         """Makes a VM whose vTPM begins in the default state.
+
+        Args:
+            vm_id: the VM.
+            user_secret: 32 bytes.
+            vm_key: 32 bytes.
+            policy: what is allowed.
+            label: the owner's words.
+            inject_key: whether the secure processor hands the VM key to the VM, once for each boot.
 
         Raises:
             SpvtpmError: the SP's refusal, as the class its code names; or the channel broke. So all requests.
         """
         vtpm = NewVtpm(policy=policy, label=label)
-        vm = self._ask(Provision(vm_id=vm_id, user_secret=user_secret, vm_key=vm_key, vtpm=vtpm), MyVm)
+        secrets = {"user_secret": user_secret, "vm_key": vm_key}
+        vm = self._ask(Provision(vm_id=vm_id, vtpm=vtpm, inject_key=inject_key, **secrets), MyVm)
         return _about(vm, vm.vm_id == vm_id)
 
     def provision_import(
@@ -161,11 +176,14 @@ class OwnerSession:
         file: bytes,
         newest_version: int,
         progress: Progress = no_progress,
+        *,
+        inject_key: bool = False,
     ) -> MyVm:
         """Makes a VM whose vTPM comes out of a file. After a refusal the session is closed: pieces may still be under way."""
         vtpm = ImportVtpm(size_bytes=len(file), newest_version=newest_version)
         try:
-            self._ask(Provision(vm_id=vm_id, user_secret=user_secret, vm_key=vm_key, vtpm=vtpm), Done)
+            secrets = {"user_secret": user_secret, "vm_key": vm_key}
+            self._ask(Provision(vm_id=vm_id, vtpm=vtpm, inject_key=inject_key, **secrets), Done)
             for at in range(0, len(file), PIECE_BYTES):
                 self._send(Piece(data=file[at : at + PIECE_BYTES]))
                 progress(min(at + PIECE_BYTES, len(file)), len(file))
@@ -235,10 +253,7 @@ class OwnerSession:
 
     def close(self) -> None:
         """Says that nothing more comes, and ends the connection."""
-        self._channel.close()
-        with suppress(SpvtpmError):
-            self._relay.send(self._channel.frames())
-        self._relay.close()
+        self._conversation.close()
 
     def __enter__(self) -> Self:
         return self
@@ -248,57 +263,21 @@ class OwnerSession:
     ) -> None:
         self.close()
 
-    def _shake_hands(self) -> None:
-        deadline = self._relay.deadline()
-        self._relay.send(self._channel.frames())
-        while not self._channel.is_open:
-            self._take(deadline)
-            self._relay.send(self._channel.frames())
-
     def _ask(self, request: OwnerRequest, kind: type[_Reply]) -> _Reply:
         self._send(request)
         return self._receive(kind)
 
     def _send(self, request: OwnerRequest) -> None:
-        self._channel.send(encode_owner_message(request))
-        self._relay.send(self._channel.frames())
+        self._conversation.send(encode_owner_message(request))
 
     def _receive(self, kind: type[_Reply]) -> _Reply:
-        deadline = self._relay.deadline()
-        while not self._messages:
-            self._take(deadline)
-        reply = parse_owner_reply(self._messages.pop(0))
+        reply = parse_owner_reply(self._conversation.receive())
         if isinstance(reply, ErrorReply):
             self.has_refused = True
             raise error_from_code(reply.code, printable(reply.message))
         if not isinstance(reply, kind):
             raise MessageError(f"the secure processor answered with {type(reply).__name__}, not with {kind.__name__}")
         return reply
-
-    def _take(self, deadline: float) -> None:
-        """One frame from the relay into the channel."""
-        frame = self._relay.receive(deadline)
-        try:
-            self._messages += self._channel.receive(frame)
-        except ChannelError:
-            _raise_if_refused(frame)
-            raise
-
-
-def _said_in_clear(frame: bytes) -> Papers:
-    _raise_if_refused(frame)
-    message = parse_clear(frame)
-    if not isinstance(message, Papers):
-        raise MessageError(f"{type(message).__name__} where the secure processor's papers were expected")
-    return message
-
-
-def _raise_if_refused(frame: bytes) -> None:
-    """Whoever is there may say in clear why there will be no channel. It may be a lie, so it is never taken for the SP's word."""
-    with suppress(MessageError):
-        message = parse_clear(frame)
-        if isinstance(message, ErrorReply):
-            raise ChannelError(f"the channel was refused, in clear: {printable(message.message)}")
 
 
 def _about(reply: _Reply, is_answer: bool) -> _Reply:

@@ -128,6 +128,14 @@ OWNER = Profile(
     purposes=(ExtendedKeyUsageOID.CLIENT_AUTH,),
     has_issuer=False,
 )
+CONSOLE = Profile(
+    "VM's console certificate",
+    ec.SECP384R1,
+    None,
+    _key_usage(signs=True),
+    purposes=(ExtendedKeyUsageOID.SERVER_AUTH,),
+    has_issuer=False,
+)
 _PLACES = {3: (CHIP, INTERMEDIATE, ROOT), 4: (CHANNEL, CHIP, INTERMEDIATE, ROOT)}
 
 

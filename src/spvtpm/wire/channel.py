@@ -32,6 +32,10 @@ from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 _READ_BYTES: Final = 1 << 16
 
 
+class ChannelEnded(ChannelError):
+    """The other side has closed the channel, in order."""
+
+
 class SecureChannel:
     """One end of a channel after the introductions. Life: construct → `frames()` to the relay, `receive()` from it … → `close()`.
 
@@ -120,7 +124,7 @@ class SecureChannel:
         self.is_open = False
         if data:  # last words count; whoever listens on hears of the end
             return bytes(data)
-        raise ChannelError("the other side has closed the channel")
+        raise ChannelEnded("the other side has closed the channel")
 
 
 @contextmanager

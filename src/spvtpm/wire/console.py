@@ -23,12 +23,17 @@ import uuid
 from typing import Annotated, Final, Literal
 
 import msgspec
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.x509.oid import NameOID
 from msgspec import Meta
 
+from spvtpm.wire.certificate_building import build_self_signed
+from spvtpm.wire.certificates import CONSOLE
 from spvtpm.wire.messages import ErrorReply
+from spvtpm.wire.owner_certificates import ALWAYS
 from spvtpm.wire.versioned import VersionedDecoder, encode_versioned
 
 VERSION: Final = 1
@@ -42,6 +47,8 @@ _ORDER: Final = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372D
 """n of P-384. Source: NIST SP 800-186, section 3.2.1.4."""
 
 _SEED_BYTES: Final = 56
+
+_NAME: Final = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "spvtpm console")])
 
 End = Literal["owner", "vm"]
 _Piece = Annotated[bytes, Meta(min_length=1, max_length=PIECE_BYTES)]
@@ -111,6 +118,15 @@ def console_key(vm_key: bytes, vm_id: uuid.UUID, end: End) -> ec.EllipticCurvePr
     """
     hkdf = HKDF(SHA384(), _SEED_BYTES, salt=vm_id.bytes, info=f"spvtpm console {end} v1".encode())
     return ec.derive_private_key(1 + int.from_bytes(hkdf.derive(vm_key)) % (_ORDER - 1), ec.SECP384R1())
+
+
+def build_console_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """The certificate of the VM's end; the owner's end has one as any owner (`owner_certificates.py`).
+
+    Args:
+        key: the VM's end's.
+    """
+    return build_self_signed(CONSOLE, _NAME, key, ALWAYS)
 
 
 def encode_console_message(message: ConsoleRequest | ConsoleReply) -> bytes:

@@ -27,17 +27,32 @@ PAGE_VMS = 128
 _MAX_SENTENCE = 2048
 Sentence = Annotated[str, Meta(max_length=_MAX_SENTENCE)]
 Code = Annotated[str, Meta(max_length=64)]
+Uid = Annotated[int, Meta(ge=0, lt=(1 << 32) - 1)]
+"""A user id. Source: Linux, include/uapi/linux/types.h; the highest stands for none (setresuid(2))."""
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
     pass
 
 
+class AdmitVm(_Request, frozen=True):
+    """Announce a VM: its owner may provision it. Where that is required, no other can be. → `Admitted`."""
+
+    vm_id: uuid.UUID
+
+
 class LaunchVm(_Request, frozen=True):
-    """Begin the first boot of a VM that its owner has provisioned; with its vTPM unless told otherwise (C3). → `VmInfo`."""
+    """Begin the first boot of a VM that its owner has provisioned; with its vTPM unless told otherwise (C3). → `VmInfo`.
+
+    Attributes:
+        vm_id: the VM.
+        with_vtpm: whether it has its vTPM.
+        vm_uid: user id of the VM's process: nobody else gets interface and launch secret of this boot. None: whoever may command.
+    """
 
     vm_id: uuid.UUID
     with_vtpm: bool = True
+    vm_uid: Uid | None = None
 
 
 class CreateVtpm(_Request, frozen=True):
@@ -47,9 +62,15 @@ class CreateVtpm(_Request, frozen=True):
 
 
 class StartVm(_Request, frozen=True):
-    """Begin a new boot of a stopped VM; its vTPM is powered on. A hibernated one goes on where it was. → `VmInfo`."""
+    """Begin a new boot of a stopped VM; its vTPM is powered on. A hibernated one goes on where it was. → `VmInfo`.
+
+    Attributes:
+        vm_id: the VM.
+        vm_uid: as of `LaunchVm`.
+    """
 
     vm_id: uuid.UUID
+    vm_uid: Uid | None = None
 
 
 class ResetVm(_Request, frozen=True):
@@ -99,7 +120,8 @@ class GetStatus(_Request, frozen=True):
 
 
 Request = (
-    LaunchVm
+    AdmitVm
+    | LaunchVm
     | CreateVtpm
     | StartVm
     | ResetVm
@@ -139,12 +161,18 @@ class VmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         state: of its security block; `damaged` if its stored block cannot be believed.
         boots: boots so far.
         vtpm: its vTPM, if it has one.
+        launch_secret: path of the socket on which its process gets the VM key, once; empty if there is none to be had.
     """
 
     vm_id: uuid.UUID
     state: Literal["running", "stopped", "failed", "hibernated", "damaged"]
     boots: int
     vtpm: VtpmInfo | None
+    launch_secret: Annotated[str, Meta(max_length=4096)] = ""
+
+
+class Admitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The VM may be provisioned."""
 
 
 class VmList(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -169,6 +197,8 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         active: vTPMs with a process.
         parked: vTPMs kept without one.
         missing_protection: sentences naming each sandbox layer that this kernel does not give.
+        firmware: version of the trusted part of the software.
+        max_vms: how many security blocks there can be.
     """
 
     chip_id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -177,6 +207,8 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     active: int
     parked: int
     missing_protection: list[str]
+    firmware: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    max_vms: Annotated[int, Meta(ge=1)]
 
 
 class Endorsement(VtpmEndorsement, frozen=True, tag=True):
@@ -206,7 +238,7 @@ def error_reply(error: SpvtpmError) -> ErrorReply:
     return ErrorReply(error.code, str(error)[:_MAX_SENTENCE])
 
 
-Reply = VmInfo | VmList | Status | Endorsement | ErrorReply
+Reply = VmInfo | VmList | Admitted | Status | Endorsement | ErrorReply
 
 _requests: VersionedDecoder[Request] = VersionedDecoder(VERSION, Request)
 _replies: VersionedDecoder[Reply] = VersionedDecoder(VERSION, Reply)

@@ -18,7 +18,7 @@ from spvtpm.wire.certificates import OWNER, parse_certificate
 
 FINGERPRINT_BYTES = 32
 
-_ALWAYS = Validity(datetime(2000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
+ALWAYS = Validity(datetime(2000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
 """No end that anybody has to watch. Source: RFC 5280, section 4.1.2.5."""
 
 _NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "spvtpm owner")])
@@ -26,7 +26,7 @@ _NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "spvtpm owner")])
 
 def build_owner_certificate(key: EllipticCurvePrivateKey) -> x509.Certificate:
     """The certificate of an owner's key, which is on P-384."""
-    return build_self_signed(OWNER, _NAME, key, _ALWAYS)
+    return build_self_signed(OWNER, _NAME, key, ALWAYS)
 
 
 def parse_owner_certificate(der: bytes) -> x509.Certificate:

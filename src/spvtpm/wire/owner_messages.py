@@ -87,12 +87,14 @@ class Provision(_Message, frozen=True):
         user_secret: 32 bytes, the owner's half of the key of exported instances. Secret.
         vm_key: 32 bytes, shared with the VM. Secret.
         vtpm: how the vTPM begins.
+        inject_key: whether the VM key is handed to the VM at each boot, once (`launch_secret.py`).
     """
 
     vm_id: uuid.UUID
     user_secret: _Secret
     vm_key: _VmKey
     vtpm: NewVtpm | ImportVtpm
+    inject_key: bool = False
 
     def __repr__(self) -> str:
         return f"Provision(vm_id={self.vm_id})"
@@ -262,7 +264,7 @@ class Event(_Part, frozen=True):
     Attributes:
         time_s: when; seconds since 1970, UTC, by the secure processor's clock, which the host sets.
         what: a word: `provisioned`, `launched`, `started`, `stopped`, `hibernated`, `resumed`, `failed`, `imported`,
-            `export-begun`, `secret-rotated`. A reset is a stop and a start.
+            `export-begun`, `secret-rotated`, `launch-secret-taken`, `launch-secret-refused`. A reset is a stop and a start.
         detail: a sentence, or nothing.
     """
 

@@ -73,3 +73,38 @@ class PartFailed(ResourceError):
 
     code = "part-failed"
     hint = "Read the end of the log that the message names; once that is mended, `spvtpm up` goes on where it was."
+
+
+class PlatformUntrusted(PolicyError):
+    """Nobody who is trusted vouches for the platform's certificate, or it is that of another name."""
+
+    code = "platform-untrusted"
+    hint = "Give --ca-file with the authority of a private platform to `spvtpm login`; if there is none, somebody is in between."
+
+
+class NotLoggedIn(PolicyError):
+    """The keyring knows no platform."""
+
+    code = "not-logged-in"
+    hint = "`spvtpm login URL` says which platform to use, and asks for the token that its administrator gave."
+
+
+class PlatformContradicts(PeerError):
+    """The platform says something else than a verified secure processor, or than the owner's keyring."""
+
+    code = "platform-contradicts"
+    hint = "Believe the secure processor and your keyring: `spvtpm vm show NAME` compares. Nothing secret has left."
+
+
+class MachineFailed(ResourceError):
+    """The machine of a VM did not come up, died, or did not do as it was told."""
+
+    code = "machine"
+    hint = "Start the VM again. The host has what its machine said last, in the agent's directory: vms/VM/log."
+
+
+class ImageDamaged(PeerError):
+    """It is no memory image of this VM, or was altered."""
+
+    code = "memory-image"
+    hint = "The VM cannot go on where it was. Start it anew: `spvtpm vm shutdown NAME`, then `spvtpm vm start NAME`."

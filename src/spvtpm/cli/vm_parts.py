@@ -1,0 +1,240 @@
+"""What the commands of `spvtpm vm` have in common: options, words, a command's streams. `cli/vm.py` comes in."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+from cyclopts import Parameter
+
+from spvtpm.cli.parts import print_json
+from spvtpm.cli.terminal_parts import as_dict, identity, print_vms
+from spvtpm.wire.decoding import printable
+from spvtpm.wire.errors import MessageError, UsageError
+
+if TYPE_CHECKING:
+    from spvtpm.terminal.exports import Exported
+    from spvtpm.terminal.machines import Site
+    from spvtpm.terminal.overview import Comparison, Line
+    from spvtpm.terminal.owned import OwnedVm
+    from spvtpm.wire.platform_api import Vm
+
+_MAX_QUIET_BYTES = 1 << 24
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NewVm:
+    """How a new vTPM shall be, besides what is wished of its chip.
+
+    Attributes:
+        label: the owner's words.
+        no_migration: never handed to another SP while it runs.
+        direct_path_only: reached through encrypted memory alone.
+        pcr_bank: names of its PCR banks.
+    """
+
+    label: Annotated[str, Parameter(help="Your words for the vTPM, up to 256 characters.")] = ""
+    no_migration: Annotated[
+        bool, Parameter(negative="", help="Policy: it is never handed to another secure processor while it runs.")
+    ] = False
+    direct_path_only: Annotated[
+        bool, Parameter(negative="", help="Policy: it is reached through encrypted memory alone.")
+    ] = False
+    pcr_bank: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="Policy: a PCR bank that it has, such as sha256; may be repeated."),
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """Where a VM may be.
+
+    Attributes:
+        chip: ids of the chips that will do, in hexadecimal; none: any.
+        minimum_firmware: the oldest version that will do.
+        fleet: id of the fleet, in hexadecimal.
+        host: the one host that will do.
+    """
+
+    chip: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="Policy: the id of a chip that will do; may be repeated. [default: any]"),
+    ] = None
+    minimum_firmware: Annotated[int, Parameter(help="Policy: the oldest firmware that will do.")] = 0
+    fleet: Annotated[str | None, Parameter(help="The id of the fleet that the chip has to be of.")] = None
+    host: Annotated[str | None, Parameter(help="The platform's host that will do. [default: any]")] = None
+
+    def owned(self, name: str, new: NewVm) -> OwnedVm:
+        """A VM of this name, with a new id and a new key."""
+        from spvtpm.terminal.owned import OwnedVm
+
+        policy = {
+            "migration_allowed": not new.no_migration,
+            "chips": [identity(chip, "chip") for chip in self.chip] if self.chip else None,
+            "minimum_firmware": self.minimum_firmware,
+            "direct_path_only": new.direct_path_only,
+            "pcr_banks": new.pcr_bank or [],
+        }
+        told = {
+            "name": name,
+            "vm_id": uuid.uuid4(),
+            "vm_key": os.urandom(32),
+            "policy": policy,
+            "label": new.label,
+            "fleet_id": None if self.fleet is None else identity(self.fleet, "fleet"),
+            "host": self.host,
+        }
+        try:
+            return msgspec.convert(told, OwnedVm)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"no such VM: {error}") from None
+
+
+def print_exported(name: str, exported: Exported, json: bool) -> None:
+    if json:
+        told = {"name": name, "vtpm_id": str(exported.known.vtpm_id), "version": exported.file.version}
+        print_json({**told, "path": exported.file.path, "sha256": exported.file.sha256.hex()})
+    else:
+        print(f"the vTPM of {name} lives in {exported.file.path} now, as version {exported.file.version}")
+
+
+def print_lines(lines: Sequence[Line], json: bool) -> None:
+    if json:
+        print_json([_line_as_dict(line) for line in lines])
+        return
+    for line in lines:
+        print(f"{line.name}  {_said(line.says)}")
+        _print_differences(line)
+
+
+def print_comparison(found: Comparison, json: bool) -> None:
+    from spvtpm.terminal.whereabouts import describe
+
+    line = found.line
+    if json:
+        told = _line_as_dict(line)
+        told["secure_processor_says"] = None if found.here is None else msgspec.to_builtins(_without_policy(found))
+        told["chip"] = None if found.chip is None else as_dict(found.chip)
+        silence = found.silence
+        told["silence"] = None if silence is None else {"error": silence.code, "message": str(silence)}
+        print_json(told)
+        return
+    print(f"{line.name}  {line.owned.vm_id if line.owned else ''}")
+    print(f"  the platform says: {_said(line.says)}")
+    place = "no vTPM yet" if line.known is None else f"vTPM {line.known.vtpm_id} {describe(line.known.place)}"
+    print(f"  your keyring knows: {place}")
+    if found.here is not None:
+        print("  its secure processor says:")
+        print_vms([found.here], json=False)
+    if found.silence is not None:
+        print(f"  its secure processor could not be asked: {found.silence}")
+    if line.says is not None and line.says.pcrs is not None:
+        read = datetime.fromtimestamp(line.says.pcrs.read_s, UTC)
+        print(f"  published PCRs of {read:%Y-%m-%d %H:%M:%S}: {', '.join(sorted(line.says.pcrs.banks))}")
+    _print_differences(line)
+
+
+def print_events(site: Site, name: str, json: bool) -> None:
+    from spvtpm.terminal.machines import chip_where_it_lives, vtpm_of
+
+    owned = site.keyring.owned(name)
+    found = [("platform", event.time_s, event.what, event.detail) for event in site.platform.events(owned.vm_id)]
+    chip_id = chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
+    if chip_id is not None:
+        seen = site.desk(chip_id).events(owned.vm_id)
+        found += [("secure processor", float(event.time_s), event.what, event.detail) for event in seen]
+    found.sort(key=lambda event: event[1])
+    if json:
+        names = ("by", "time_s", "what", "detail")
+        print_json([dict(zip(names, event, strict=True)) for event in found])
+        return
+    for by, time_s, what, detail in found:
+        when = datetime.fromtimestamp(time_s, UTC)
+        print(f"{when:%Y-%m-%d %H:%M:%S}  {by:16}  {what}  {printable(detail)}".rstrip())
+
+
+def run_here(site: Site, name: str, command: Sequence[str]) -> int:
+    """Runs a command in a VM, with the streams of this process."""
+    from spvtpm.terminal.console import run_command
+    from spvtpm.terminal.platform_relay import to_console
+
+    streams = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
+
+    def write(stream: Literal["stdout", "stderr"], data: bytes) -> None:
+        streams[stream].write(data)
+        streams[stream].flush()
+
+    owned = site.keyring.owned(name)
+    way = to_console(site.platform, owned.vm_id)
+    return run_command(way, owned.vm_key, owned.vm_id, command, write, sys.stdin.fileno(), site.timeout_s)
+
+
+def run_quietly(site: Site, name: str, command: Sequence[str]) -> tuple[int, bytes, bytes]:
+    """Runs a command in a VM, without input: its exit code, and what it wrote to stdout and stderr."""
+    from spvtpm.terminal.console import run_command
+    from spvtpm.terminal.platform_relay import to_console
+
+    written = {"stdout": bytearray(), "stderr": bytearray()}
+
+    def write(stream: Literal["stdout", "stderr"], data: bytes) -> None:
+        written[stream] += data
+        if len(written[stream]) > _MAX_QUIET_BYTES:
+            raise MessageError(f"the command has written more than {_MAX_QUIET_BYTES} bytes")
+
+    owned = site.keyring.owned(name)
+    way = to_console(site.platform, owned.vm_id)
+    code = run_command(way, owned.vm_key, owned.vm_id, command, write, timeout_s=site.timeout_s)
+    return code, bytes(written["stdout"]), bytes(written["stderr"])
+
+
+def _said(vm: Vm | None) -> str:
+    if vm is None:
+        return "nothing"
+    words: str = vm.state
+    if vm.host is not None:
+        words += f" at {vm.host} (chip {vm.chip_id})"
+    if vm.operation is not None:
+        words += ", an operation is under way"
+    if vm.failure:
+        words += f"; {printable(vm.failure)}"
+    return words
+
+
+def _print_differences(line: Line) -> None:
+    for difference in line.differences:
+        print(f"  ! {difference}")
+
+
+def _line_as_dict(line: Line) -> dict[str, object]:
+    from spvtpm.terminal.whereabouts import describe
+
+    return {
+        "name": line.name,
+        "vm_id": str(line.owned.vm_id) if line.owned else None,
+        "vtpm_id": str(line.known.vtpm_id) if line.known else None,
+        "place": describe(line.known.place) if line.known else None,
+        "platform_says": msgspec.to_builtins(line.says),
+        "differences": line.differences,
+    }
+
+
+def _without_policy(found: Comparison) -> dict[str, object]:
+    here = found.here
+    assert here is not None  # noqa: S101  # as its caller has checked
+    return {
+        "state": here.state,
+        "boots": here.boots,
+        "label": here.label,
+        "vtpm_id": here.vtpm_id,
+        "residency": here.residency,
+        "version": here.version,
+    }

@@ -1,0 +1,232 @@
+"""The VM's end of its console: whoever has the VM key may have a command run (`wire/console.py`). One command a connection."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from contextlib import closing, suppress
+from typing import IO, Final, Literal
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from spvtpm.guest.commands import NOT_EXECUTABLE, NOT_FOUND, Commands
+from spvtpm.guest.frame_stream import FrameStream
+from spvtpm.wire.channel import SecureChannel
+from spvtpm.wire.console import (
+    MAX_CONSOLE_MESSAGE_BYTES,
+    PIECE_BYTES,
+    ConsoleReply,
+    ConsoleRequest,
+    Ended,
+    Input,
+    Output,
+    Run,
+    build_console_certificate,
+    console_key,
+    encode_console_message,
+    parse_console_request,
+)
+from spvtpm.wire.errors import CertificateRefused, ChannelError, MessageError, SpvtpmError
+from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES, Introduce, encode_clear, parse_clear
+from spvtpm.wire.messages import error_reply
+from spvtpm.wire.owner_certificates import parse_owner_certificate
+
+log = logging.getLogger(__name__)
+
+_INTRODUCTION_S: Final = 20.0
+_INPUT_PIECES: Final = 8
+_LOOK_S: Final = 0.5
+_LAST_WORDS_S: Final = 5.0
+
+
+class Console:
+    """Serves console connections.
+
+    Args:
+        vm_key: 32 bytes.
+        vm_id: of the VM.
+        commands: that run.
+    """
+
+    def __init__(self, vm_key: bytes, vm_id: uuid.UUID, commands: Commands) -> None:
+        self._key = console_key(vm_key, vm_id, "vm")
+        self._owner = console_key(vm_key, vm_id, "owner").public_key()
+        self._certificate = build_console_certificate(self._key)
+        self._commands = commands
+
+    def serve(self, connection: socket.socket) -> None:
+        """One connection, to its end; its errors are its own."""
+        stream = FrameStream(connection, MAX_CHANNEL_FRAME_BYTES)
+        try:
+            _Conversation(stream, self._open(stream)).serve(self._commands, connection)
+        except SpvtpmError as error:
+            log.info("a console ended: %s", error)
+
+    def _open(self, stream: FrameStream) -> SecureChannel:
+        deadline = time.monotonic() + _INTRODUCTION_S
+        try:
+            channel = self._introduce(stream, deadline)
+        except SpvtpmError as error:
+            stream.send(encode_clear(error_reply(error)))
+            raise
+        while not channel.is_open:
+            channel.receive(_next(stream, deadline))
+            stream.send(*channel.frames())
+        return channel
+
+    def _introduce(self, stream: FrameStream, deadline: float) -> SecureChannel:
+        said = parse_clear(_next(stream, deadline))
+        if not isinstance(said, Introduce):
+            raise MessageError(f"{type(said).__name__} where Introduce was expected")
+        peer = parse_owner_certificate(said.certificate)
+        if peer.public_key() != self._owner:
+            raise CertificateRefused("whoever comes to this console does not have the VM's key")
+        stream.send(encode_clear(Introduce(self._certificate.public_bytes(Encoding.DER))))
+        return SecureChannel(
+            self._key,
+            self._certificate,
+            peer.public_bytes(Encoding.DER),
+            is_server=True,
+            max_message_bytes=MAX_CONSOLE_MESSAGE_BYTES,
+        )
+
+
+def _next(stream: FrameStream, deadline: float) -> bytes:
+    frame = stream.receive(deadline)
+    if frame is None:
+        raise ChannelError("the introductions took too long")
+    return frame
+
+
+class _Conversation:
+    """One command over an open channel: this thread reads what the owner sends; others send what the command writes."""
+
+    def __init__(self, stream: FrameStream, channel: SecureChannel) -> None:
+        self._stream = stream
+        self._channel = channel
+        self._lock = threading.Lock()  # of the channel, and the order of frames
+        self._requests: list[bytes] = []
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def serve(self, commands: Commands, connection: socket.socket) -> None:
+        try:
+            run = self._hear(time.monotonic() + _INTRODUCTION_S)
+            if not isinstance(run, Run):
+                raise MessageError("a console begins with Run")
+            self._run(run, commands, connection)
+        except ChannelError:
+            raise
+        except SpvtpmError as error:
+            self._say(error_reply(error))
+            raise
+        finally:
+            os.close(self._over)
+            with suppress(SpvtpmError), self._lock:
+                self._channel.close()
+                self._stream.send(*self._channel.frames())
+
+    def _run(self, run: Run, commands: Commands, connection: socket.socket) -> None:
+        try:
+            command = commands.start(run.arguments)
+        except OSError as error:
+            self._say(Output(stream="stderr", data=f"{run.arguments[0]}: {error.strerror}\n".encode()))
+            self._say(Ended(code=NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE))
+            return
+        waiter = threading.Thread(target=self._see_out, args=(command, commands), daemon=True, name="command")
+        waiter.start()
+        try:
+            self._feed(command, connection)
+        finally:
+            commands.bury(command)
+            waiter.join()
+        self._say(Ended(code=command.returncode if command.returncode >= 0 else 128 - command.returncode))
+
+    def _see_out(self, command: subprocess.Popen[bytes], commands: Commands) -> None:
+        """Passes on what the command writes; returns when it is over."""
+        assert command.stdout is not None and command.stderr is not None  # noqa: S101  # pipes
+        readers = [
+            threading.Thread(target=self._pass_on, args=(pipe, stream), daemon=True, name="output")
+            for pipe, stream in ((command.stdout, "stdout"), (command.stderr, "stderr"))
+        ]
+        for reader in readers:
+            reader.start()
+        command.wait()
+        for reader in readers:
+            reader.join(_LAST_WORDS_S)  # something that it has left behind may hold the pipe open
+        commands.bury(command)
+        for reader in readers:
+            reader.join()
+        os.eventfd_write(self._over, 1)
+
+    def _pass_on(self, pipe: IO[bytes], stream: Literal["stdout", "stderr"]) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), PIECE_BYTES):
+                try:
+                    self._say(Output(stream=stream, data=data))
+                except SpvtpmError:
+                    return  # nobody hears; `_feed` sees that, too
+
+    def _feed(self, command: subprocess.Popen[bytes], connection: socket.socket) -> None:
+        """Passes on what the command reads, until it is over."""
+        pieces: queue.Queue[bytes] = queue.Queue(_INPUT_PIECES)
+        writer = threading.Thread(target=_write, args=(command, pieces), daemon=True, name="input")
+        writer.start()
+        try:
+            while True:
+                request = self._hear(None, self._over)
+                if request is None:
+                    return
+                if isinstance(request, Run):
+                    raise MessageError("a console runs one command")
+                piece = request.data if isinstance(request, Input) else b""
+                if not self._put(pieces, piece, connection):
+                    return
+        finally:
+            with suppress(queue.Full):
+                pieces.put_nowait(b"")
+
+    def _put(self, pieces: queue.Queue[bytes], piece: bytes, connection: socket.socket) -> bool:
+        """Waits for room; False: the command is over. Whoever has sent it may go meanwhile."""
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        poll.register(self._over, select.POLLIN)
+        while True:
+            try:
+                pieces.put(piece, timeout=_LOOK_S)
+            except queue.Full:
+                ready = {descriptor for descriptor, _event in poll.poll(0)}
+                if self._over in ready:
+                    return False
+                if ready:
+                    raise ChannelError("the owner has gone") from None
+            else:
+                return True
+
+    def _hear(self, deadline: float | None, or_readable: int | None = None) -> ConsoleRequest | None:
+        while not self._requests:
+            frame = self._stream.receive(deadline, or_readable)
+            if frame is None:
+                return None
+            with self._lock:
+                self._requests += self._channel.receive(frame)
+        return parse_console_request(self._requests.pop(0))
+
+    def _say(self, reply: ConsoleReply) -> None:
+        with self._lock:
+            self._channel.send(encode_console_message(reply))
+            self._stream.send(*self._channel.frames())
+
+
+def _write(command: subprocess.Popen[bytes], pieces: queue.Queue[bytes]) -> None:
+    assert command.stdin is not None  # noqa: S101  # a pipe
+    with suppress(OSError), closing(command.stdin):
+        while piece := memoryview(pieces.get()):
+            while piece:
+                piece = piece[os.write(command.stdin.fileno(), piece) :]

@@ -1,0 +1,33 @@
+"""How a VM gets its key when it boots: from its secure processor, once (`wire/launch_secret.py`)."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from spvtpm.wire.errors import VmKeyError
+from spvtpm.wire.launch_secret import LAUNCH_SECRET_BYTES
+
+_PATIENCE_S = 30.0
+
+
+def take_launch_secret(path: Path) -> bytes:
+    """The VM key, 32 bytes; nobody gets it again in this boot.
+
+    Raises:
+        VmKeyError: it was taken before, is not for this user, or there is none.
+    """
+    secret = b""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+            connection.settimeout(_PATIENCE_S)
+            connection.connect(str(path))
+            while len(secret) <= LAUNCH_SECRET_BYTES and (data := connection.recv(LAUNCH_SECRET_BYTES)):
+                secret += data
+    except OSError as error:
+        raise VmKeyError(f"no launch secret at {path}: {error.strerror or error}") from None
+    if not secret:
+        raise VmKeyError("the launch secret of this boot was taken before, or is not for this user")
+    if len(secret) != LAUNCH_SECRET_BYTES:
+        raise VmKeyError(f"the launch secret has another length than {LAUNCH_SECRET_BYTES} bytes")
+    return secret

@@ -1,0 +1,209 @@
+"""The emulated VM: one process that stands for a virtual machine with its memory, its programs and its way to its vTPM.
+
+In its directory:
+
+    memory/          what is in the VM's memory: the directory of its programs
+    tpm, tpm.ctrl    where TPM clients come in
+    console.sock     where its owner's console comes in (`wire/console.py`)
+    control.sock     where its hypervisor commands (`wire/machine_control.py`)
+    image            its memory, sealed, once it is suspended
+
+It takes its key from the secure processor, and keeps it in this process's memory alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import select
+import shutil
+import signal
+import threading
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from spvtpm.files import read_file, replace_file
+from spvtpm.guest.commands import Commands
+from spvtpm.guest.console_server import Console
+from spvtpm.guest.launch_secret import take_launch_secret
+from spvtpm.guest.machine_sockets import MachineSocket
+from spvtpm.guest.memory_image import open_image, pack, seal, unpack
+from spvtpm.guest.vtpm_door import VtpmDoor
+from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
+from spvtpm.wire.errors import InterfaceError, ResourceError, SpvtpmError, StorageError, WrongState
+from spvtpm.wire.machine_control import AwaitReady, ControlRequest, GoOn, MachineState, PowerOff
+
+log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE: Final = 4
+"""Source: Linux, include/uapi/linux/prctl.h."""
+
+_MAX_CONSOLES: Final = 16
+_MAX_CONTROLS: Final = 8
+_READY_S: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a machine is, and what it begins with.
+
+    Attributes:
+        vm_id: of the VM.
+        directory: the machine's own, absolute.
+        secret: socket of the launch secret.
+        interface: socket of the vTPM's interface; None: the VM has no vTPM.
+        resumes: whether it goes on from its image.
+    """
+
+    vm_id: uuid.UUID
+    directory: Path
+    secret: Path
+    interface: Path | None
+    resumes: bool
+
+
+class Machine:
+    """A VM that runs. Life: construct → `run()`.
+
+    Args:
+        place: where it is.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._memory = place.directory / "memory"
+        self._lock = threading.Lock()  # one change of state at a time
+        self._state: Literal["running", "suspended", "off"] = "off"
+        self._settled = threading.Event()
+        self._failure: SpvtpmError | None = None
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._vm_key = b""
+        self._door: VtpmDoor | None = None
+        self._commands = Commands(self._memory, "")
+
+    def run(self) -> None:
+        """Boots, and runs until it is powered off, by its hypervisor or SIGTERM.
+
+        Raises:
+            SpvtpmError: it cannot boot, or has lost its vTPM.
+        """
+        _protect_own_memory()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: os.eventfd_write(self._end, 1))
+        control = MachineSocket(self._place.directory / "control.sock", _MAX_CONTROLS)
+        console: MachineSocket | None = None
+        try:
+            control.serve_control(self._control)
+            try:
+                self._boot()
+                console = MachineSocket(self._place.directory / "console.sock", _MAX_CONSOLES)
+                console.serve(Console(self._vm_key, self._place.vm_id, self._commands).serve)
+            except SpvtpmError as error:
+                self._failure = error
+                raise
+            finally:
+                self._settled.set()
+            print("ready", flush=True)
+            self._watch()
+        finally:
+            if console is not None:
+                console.close()
+            self._power_off()
+            control.close()  # after the answer to PowerOff
+
+    def _boot(self) -> None:
+        place = self._place
+        self._vm_key = take_launch_secret(place.secret)
+        try:
+            self._memory.mkdir(mode=0o700)
+        except OSError as error:
+            raise StorageError(f"cannot make {self._memory}: {error.strerror}") from None
+        if place.resumes:
+            image = read_file(place.directory / "image", MAX_IMAGE_BYTES)
+            unpack(open_image(self._vm_key, place.vm_id, image), self._memory)
+        if place.interface is not None:
+            self._door = VtpmDoor(place.interface, place.directory / "tpm", self._vm_key)
+            self._door.open()
+            self._commands = Commands(self._memory, self._door.tcti)
+        self._state = "running"
+
+    def _watch(self) -> None:
+        """Returns when it is to end.
+
+        Raises:
+            InterfaceError: the vTPM has gone.
+        """
+        while True:
+            poll = select.poll()
+            poll.register(self._end, select.POLLIN)
+            memory = self._door.memory if self._door is not None else None
+            if memory is not None:
+                poll.register(memory.connection, select.POLLIN)  # it says nothing but that it is over
+            ready = {descriptor for descriptor, _event in poll.poll(None if memory is not None else 1000)}
+            if self._end in ready:
+                return
+            with self._lock:
+                if ready and self._state == "running" and self._door is not None and self._door.memory is memory:
+                    raise InterfaceError("the secure processor has taken the vTPM's interface away")
+
+    def _control(self, request: ControlRequest) -> MachineState:
+        if not self._settled.wait(_READY_S):
+            raise ResourceError("the machine is still booting")
+        if self._failure is not None:
+            raise self._failure
+        with self._lock:
+            match request:
+                case AwaitReady():
+                    pass
+                case PowerOff():
+                    os.eventfd_write(self._end, 1)
+                    return MachineState(vm_id=self._place.vm_id, state="off")
+                case GoOn():
+                    self._go_on()
+                case _:
+                    self._suspend()
+        return MachineState(vm_id=self._place.vm_id, state=self._state)
+
+    def _suspend(self) -> None:
+        if self._state == "suspended":
+            return
+        if self._state != "running":
+            raise WrongState("the machine is off")
+        self._commands.end_all()
+        self._state = "suspended"
+        if self._door is not None:
+            self._door.close()
+        try:
+            image = seal(self._vm_key, self._place.vm_id, pack(self._memory))
+            replace_file(self._place.directory / "image", image)
+        except SpvtpmError:
+            self._go_on()
+            raise
+
+    def _go_on(self) -> None:
+        if self._state != "suspended":
+            return
+        if self._door is not None:
+            self._door.open()
+        self._commands.go_on()
+        self._state = "running"
+
+    def _power_off(self) -> None:
+        with self._lock:
+            self._commands.end_all()
+            if self._door is not None:
+                self._door.close()
+            self._state = "off"
+            shutil.rmtree(self._memory, ignore_errors=True)
+
+
+def _protect_own_memory() -> None:
+    """No core dump, and no reading by other processes of the same user, the VM's programs among them."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

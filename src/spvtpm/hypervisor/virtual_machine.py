@@ -1,0 +1,145 @@
+"""The interface between the agent and whatever runs a VM: the VM's machine, not its vTPM.
+
+A driver knows one kind of machine. The first is `emulated_vm.py`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+MachineState = Literal["none", "starting", "running", "suspended"]
+"""Of a machine: there is none; it comes up; it runs; nothing runs in it, and its memory is in its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A boot that the secure processor has begun, for a machine to take part in.
+
+    Attributes:
+        boots: its number.
+        interface: the socket on which the vTPM's interface is to be had; None: the VM has no vTPM.
+        secret: the socket on which the VM key is to be had, once; None: the VM has its key by a way of its owner's.
+        resumes: whether the machine goes on from its image.
+    """
+
+    boots: int
+    interface: Path | None
+    secret: Path | None
+    resumes: bool
+
+
+class VirtualMachine(Protocol):
+    """One VM's machine. Calls on it come one after the other.
+
+    Life: (`adopt` →) `start` → `suspend` → `go_on` or `end` … `stop`; and again from `start`.
+    """
+
+    @property
+    def state(self) -> MachineState:
+        """What it does now."""
+
+    @property
+    def boots(self) -> int:
+        """Number of the boot that it takes part in; of no meaning while there is none."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the host has anything of it."""
+
+    @property
+    def image(self) -> Path:
+        """Where its memory is while it is suspended, and after; a file of ciphertext, or none."""
+
+    async def adopt(self) -> None:
+        """Takes over a machine that was started by an agent that has died, if it still runs.
+
+        Raises:
+            ResourceError: it does not answer.
+        """
+
+    async def prepare(self) -> int | None:
+        """Makes room for it; tells as which user it will run, for nobody else shall get its next boot's. None: the agent's.
+
+        Raises:
+            StorageError: there is no room.
+        """
+
+    async def start(self, boot: Boot) -> None:
+        """Starts it; returns once it is ready.
+
+        Raises:
+            SpvtpmError: it did not come up, and nothing is left of it but an image that it was to go on from.
+        """
+
+    async def await_ready(self) -> None:
+        """Returns once a machine that was adopted while it came up is ready.
+
+        Raises:
+            SpvtpmError: it did not come up, and nothing is left of it but an image that it was to go on from.
+        """
+
+    async def stop(self) -> None:
+        """Powers it off in order; by force if it takes too long. Its memory is gone."""
+
+    async def end(self) -> None:
+        """Ends it at once: what it has in memory is of no use any more, or in its image."""
+
+    async def suspend(self) -> None:
+        """Lets nothing run in it any more, and makes its memory durable as its image.
+
+        Raises:
+            SpvtpmError: it cannot be suspended, and runs on.
+        """
+
+    async def go_on(self) -> None:
+        """Lets it run on, as if it had not been suspended.
+
+        Raises:
+            SpvtpmError: it cannot.
+        """
+
+    async def forget_image(self) -> None:
+        """Removes the image, durably."""
+
+    async def put_image(self, image: bytes) -> None:
+        """Stores an image that was brought from elsewhere, durably.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+
+    async def read_image(self) -> bytes:
+        """The image.
+
+        Raises:
+            StorageError: there is none, or it cannot be read.
+        """
+
+    async def remove(self) -> None:
+        """Removes all that the host has of it. Only while there is no machine."""
+
+    def console(self) -> Path:
+        """The unix socket of its console.
+
+        Raises:
+            WrongState: it does not run.
+        """
+
+
+class MachineDriver(Protocol):
+    """One kind of machines."""
+
+    def machine(self, vm_id: uuid.UUID, on_end: Callable[[], None]) -> VirtualMachine:
+        """The machine of a VM; nothing runs yet.
+
+        Args:
+            vm_id: the VM.
+            on_end: called in the event loop when it ends unasked.
+        """
+
+    def known(self) -> set[uuid.UUID]:
+        """The VMs of which the host has anything."""

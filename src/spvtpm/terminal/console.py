@@ -1,0 +1,139 @@
+"""The owner's end of a VM's console: one command in the VM, its input, its output, its exit code.
+
+Whoever shows the VM's end of the console's key has the VM key: the VM itself, or its secure processor. What carries the frames
+has not.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, Literal
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from spvtpm.terminal.conversation import Conversation, hear_clear
+from spvtpm.terminal.relay import OpenRelay, Relay
+from spvtpm.terminal.session import TIMEOUT_S
+from spvtpm.wire.certificates import MALFORMED
+from spvtpm.wire.channel import SecureChannel
+from spvtpm.wire.console import (
+    MAX_CONSOLE_MESSAGE_BYTES,
+    PIECE_BYTES,
+    Ended,
+    EndOfInput,
+    Input,
+    Output,
+    Run,
+    console_key,
+    encode_console_message,
+    parse_console_reply,
+)
+from spvtpm.wire.decoding import printable
+from spvtpm.wire.errors import CertificateError, SpvtpmError, UntrustedIssuer, UsageError, error_from_code
+from spvtpm.wire.introductions import Introduce, encode_clear
+from spvtpm.wire.messages import ErrorReply
+from spvtpm.wire.owner_certificates import build_owner_certificate
+
+_FOREVER_S: Final = 30.0 * 24 * 3600
+"""A command may be silent; that the platform is still there, the WebSocket's pings tell."""
+
+Write = Callable[[Literal["stdout", "stderr"], bytes], None]
+"""Takes what the command writes."""
+
+
+def run_command(
+    way: OpenRelay,
+    vm_key: bytes,
+    vm_id: uuid.UUID,
+    arguments: Sequence[str],
+    write: Write,
+    read_from: int | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> int:
+    """Runs a command in a VM; its exit code. Whoever leaves this early, by an exception, ends the command.
+
+    Args:
+        way: to the VM's console.
+        vm_key: 32 bytes.
+        vm_id: the VM.
+        arguments: the program and what it is told.
+        write: takes what it writes.
+        read_from: descriptor of what it reads; None: nothing.
+        timeout_s: how long each message may take that is not a command's own.
+
+    Raises:
+        UsageError: the words are none that a command can be told.
+        UntrustedIssuer: who answers does not have the VM's key.
+        SpvtpmError: the VM's refusal; or the channel broke: nobody knows what became of the command then.
+    """
+    try:
+        command = msgspec.convert({"type": "Run", "arguments": arguments}, Run)
+    except msgspec.ValidationError:
+        raise UsageError("a command has 1 to 256 words of at most 4,096 characters") from None
+    conversation = _open(way(timeout_s), vm_key, vm_id)
+    try:
+        conversation.send(encode_console_message(command))
+        _feed(conversation, read_from)
+        return _watch(conversation, write)
+    finally:
+        conversation.close()
+
+
+def _open(relay: Relay, vm_key: bytes, vm_id: uuid.UUID) -> Conversation:
+    try:
+        key = console_key(vm_key, vm_id, "owner")
+        certificate = build_owner_certificate(key)
+        relay.send([encode_clear(Introduce(certificate.public_bytes(Encoding.DER)))])
+        peer = hear_clear(relay, Introduce).certificate
+        _check_peer(peer, console_key(vm_key, vm_id, "vm"))
+        channel = SecureChannel(key, certificate, peer, is_server=False, max_message_bytes=MAX_CONSOLE_MESSAGE_BYTES)
+        conversation = Conversation(relay, channel)
+        conversation.shake_hands()
+    except BaseException:
+        relay.close()
+        raise
+    return conversation
+
+
+def _check_peer(der: bytes, key: EllipticCurvePrivateKey) -> None:
+    """Whether a certificate is of this key; TLS shows then that the other side has it."""
+    try:
+        shown = x509.load_der_x509_certificate(der).public_key()
+    except MALFORMED:
+        raise CertificateError("what answers as the VM's console shows no certificate") from None
+    if shown != key.public_key():
+        raise UntrustedIssuer("what answers as the VM's console does not have the VM's key")
+
+
+def _feed(conversation: Conversation, read_from: int | None) -> None:
+    """Sends what there is to read, in a thread of its own; it ends with the input, the conversation, or the process."""
+    if read_from is None:
+        conversation.send(encode_console_message(EndOfInput()))
+        return
+
+    def feed() -> None:
+        with suppress(SpvtpmError, OSError):  # whoever watches the conversation says why
+            while data := os.read(read_from, PIECE_BYTES):
+                conversation.send(encode_console_message(Input(data=data)))
+            conversation.send(encode_console_message(EndOfInput()))
+
+    threading.Thread(target=feed, name="console-input", daemon=True).start()
+
+
+def _watch(conversation: Conversation, write: Write) -> int:
+    while True:
+        reply = parse_console_reply(conversation.receive(time.monotonic() + _FOREVER_S))
+        if isinstance(reply, ErrorReply):
+            raise error_from_code(reply.code, printable(reply.message))
+        if isinstance(reply, Ended):
+            return reply.code
+        assert isinstance(reply, Output)  # noqa: S101  # there is no other reply
+        write(reply.stream, reply.data)

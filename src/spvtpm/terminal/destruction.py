@@ -1,0 +1,58 @@
+"""The end of a VM at a platform: its vTPM destroyed by its owner through the channel, then its place, and last its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from spvtpm.terminal.machines import Site, chip_where_it_lives, vtpm_of
+from spvtpm.terminal.owned import OwnedVm
+from spvtpm.terminal.whereabouts import Destroyed, InFile
+from spvtpm.wire.errors import StorageError
+
+
+def destroy(site: Site, name: str, *, chip_lost: bool = False) -> None:
+    """Destroys a VM, for good, wherever its vTPM lives.
+
+    Args:
+        site: of the owner.
+        name: of the VM.
+        chip_lost: its chip is gone for ever, so it is not asked. If it ever comes back, the vTPM is there still.
+
+    Raises:
+        SpvtpmError: not done, or not known to be done; the same again goes on.
+    """
+    owned = site.keyring.owned(name)
+    if not chip_lost:
+        _destroy_at_chip(site, owned)
+    known = vtpm_of(site.keyring, owned.vm_id)
+    if known is not None and not isinstance(known.place, Destroyed):
+        site.keyring.remember(replace(known, place=Destroyed()))
+        if isinstance(known.place, InFile) and known.place.path:
+            _remove(Path(known.place.path), site.keyring.instances())
+    if site.hear_of(owned) is not None:
+        site.run(site.platform.destroy(owned.vm_id))
+    site.keyring.drop_vm(owned.vm_id)
+
+
+def _destroy_at_chip(site: Site, owned: OwnedVm) -> None:
+    """At the chip that the keyring knows. What is gone there already is asked after: perhaps it is in a file."""
+    known = vtpm_of(site.keyring, owned.vm_id)
+    chip_id = chip_where_it_lives(known, owned)
+    if chip_id is None:
+        return
+    desk = site.desk(chip_id)
+    if desk.look(owned.vm_id) is not None:
+        desk.destroy(owned.vm_id)
+    elif known is not None:
+        desk.fate(known.vtpm_id)
+
+
+def _remove(path: Path, directory: Path) -> None:
+    """An instance file of the keyring's own; one that was put elsewhere stays, and opens no more."""
+    if path.parent == directory:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot remove {path}: {error.strerror}") from None

@@ -1,0 +1,127 @@
+"""A relay behind the platform: a WebSocket to a chip, or to a VM's console; one binary message is one frame.
+
+The platform hands the frames on to a host, and that to the other end. Both may do anything with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Final
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from spvtpm.terminal.platform import Platform
+from spvtpm.terminal.relay import OpenRelay, Relay
+from spvtpm.wire.decoding import printable
+from spvtpm.wire.errors import ChannelError, FrameError, SpvtpmError
+from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
+from spvtpm.wire.platform_errors import PlatformUntrusted
+from spvtpm.wire.problems import error_of
+
+_CLOSE_S: Final = 2.0
+
+_quiet = logging.getLogger(f"{__name__}.websocket")
+_quiet.setLevel(logging.WARNING)  # below, the library tells headers: the token is one
+
+
+class PlatformRelay:
+    """A connection through the platform.
+
+    Args:
+        platform: the platform.
+        path: what is asked for.
+        timeout_s: how long a message, one way, may take.
+
+    Raises:
+        Unavailable: the platform is away.
+        SpvtpmError: the platform's refusal.
+    """
+
+    def __init__(self, platform: Platform, path: str, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._end = ExitStack()
+        self._connection = self._connect(platform, path)
+
+    def deadline(self) -> float:
+        """As `Relay` has it; so the others."""
+        return time.monotonic() + self._timeout_s
+
+    def send(self, frames: Iterable[bytes]) -> None:
+        try:
+            for frame in frames:
+                self._connection.send(frame)
+        except ConnectionClosed:
+            return  # as at a socket
+        except OSError as error:
+            raise ChannelError(f"the connection broke: {error.strerror or error}") from None
+
+    def receive(self, deadline: float) -> bytes:
+        try:
+            frame = self._connection.recv(max(deadline - time.monotonic(), 0))
+        except TimeoutError:
+            raise ChannelError("the other side did not answer in time") from None
+        except ConnectionClosed as closed:
+            why = printable(closed.rcvd.reason) if closed.rcvd is not None else ""
+            why = f"; somebody on the way says: {why}" if why else ""
+            raise ChannelError(f"the connection was closed before the other side had answered{why}") from None
+        except (OSError, WebSocketException) as error:
+            raise ChannelError(f"the connection broke: {printable(str(error))}") from None
+        if not isinstance(frame, bytes) or not frame:
+            raise FrameError("what the platform hands on is no frame of a channel")
+        return frame
+
+    def close(self) -> None:
+        self._end.close()
+
+    def _connect(self, platform: Platform, path: str) -> ClientConnection:
+        connection = platform.address.connect(self._timeout_s)  # our own: no proxy, no redirection
+        try:
+            return self._end.enter_context(
+                connect(
+                    platform.address.base.replace("http", "ws", 1) + path,
+                    sock=connection,
+                    ssl=platform.tls,
+                    compression=None,  # it is ciphertext
+                    additional_headers=platform.authorization(),
+                    open_timeout=self._timeout_s,
+                    close_timeout=_CLOSE_S,
+                    max_size=MAX_CHANNEL_FRAME_BYTES,
+                    logger=_quiet,
+                )
+            )
+        except InvalidStatus as refusal:
+            response = refusal.response
+            raise error_of(bytes(response.body or b""), response.status_code) from None
+        except (OSError, ValueError, EOFError, WebSocketException) as error:
+            connection.close()
+            raise _error(platform, error) from None
+
+
+def to_chip(platform: Platform, chip_id: bytes) -> OpenRelay:
+    """The way to a chip, 16 bytes; whether it leads there shows when the chip is verified."""
+
+    def open_relay(timeout_s: float) -> Relay:
+        return PlatformRelay(platform, f"/v1/chips/{chip_id.hex()}/channel", timeout_s)
+
+    return open_relay
+
+
+def to_console(platform: Platform, vm_id: uuid.UUID) -> OpenRelay:
+    """The way to a VM's console."""
+
+    def open_relay(timeout_s: float) -> Relay:
+        return PlatformRelay(platform, f"/v1/vms/{vm_id}/console", timeout_s)
+
+    return open_relay
+
+
+def _error(platform: Platform, error: Exception) -> SpvtpmError:
+    verify_message = getattr(error, "verify_message", None)  # of ssl.SSLCertVerificationError
+    if verify_message is not None:
+        return PlatformUntrusted(f"the certificate of {platform.address} is not trusted: {verify_message}")
+    return ChannelError(f"the platform at {platform.address} opens no channel: {printable(str(error))}")
