@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 DEMO = (sys.executable, "-m", "spvtpm.demo")
-CLAIMS = ("C1, C2", "C9", "B4", "B6", "C6c", "C4", "C7", "C6a, C6b", "C4, B3")
+CLAIMS = ("C1, C2", "C9", "B4", "B6", "C6c", "C4", "C7", "C6a, C6b", "C4, B3", "C1 to C6")
 
 
 def leftovers() -> set[Path]:
@@ -29,13 +29,13 @@ def leftovers() -> set[Path]:
 @pytest.mark.claim("C7")
 def test_the_demo_shows_every_claim_and_leaves_nothing_behind() -> None:
     before = leftovers()
-    done = subprocess.run(DEMO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(DEMO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     table = done.stdout.partition("What was shown")[2]
 
     assert "FAILED" not in table
-    assert table.count(" ok ") == 15
-    assert "15 of 15 claims shown" in table
+    assert table.count(" ok ") == 16
+    assert "16 of 16 claims shown" in table
     for claim in CLAIMS:
         assert f" {claim} " in table
     assert "✗" not in done.stdout
@@ -52,27 +52,27 @@ def test_the_demo_names_the_debian_package_that_is_missing(tmp_path: Path) -> No
 
 
 def test_the_demo_fails_with_its_table_when_a_tool_misbehaves(tmp_path: Path) -> None:
-    broken = tmp_path / "tpm2_nvread"
+    broken = tmp_path / "tpm2_pcrread"  # as the host has it; a VM has its own
     broken.write_text("#!/bin/sh\necho something else\n")
     broken.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(DEMO, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(DEMO, capture_output=True, text=True, env=environment, timeout=400)
 
     assert done.returncode == 1
-    assert "✗ what was written is read back" in done.stdout
+    assert "✗ the attack works there: the PCR has changed" in done.stdout
     assert "FAILED" in done.stdout.partition("What was shown")[2]
     assert "Traceback" not in done.stderr
 
 
 def test_the_demo_that_breaks_off_says_what_was_not_shown(tmp_path: Path) -> None:
-    broken = tmp_path / "tpm2_quote"
+    broken = tmp_path / "tpm2_nvdefine"
     broken.write_text("#!/bin/sh\necho 'ERROR: no ink' >&2; exit 1\n")
     broken.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(DEMO, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(DEMO, capture_output=True, text=True, env=environment, timeout=400)
 
     assert done.returncode == 1
-    assert "tpm2_quote in vm-a: ERROR: no ink" in done.stdout
+    assert "tpm2_nvdefine on the plain vTPM: ERROR: no ink" in done.stdout
     assert "the story broke off" in done.stdout.partition("What was shown")[2]
     assert "Traceback" not in done.stderr
 
@@ -92,7 +92,7 @@ def test_an_interrupted_demo_cleans_up(number: signal.Signals) -> None:
     assert demo.returncode == 130
     assert "Traceback" not in errors
     assert made
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while processes_that_name(made):
         assert time.monotonic() < deadline, processes_that_name(made)
         time.sleep(0.05)

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from spvtpm.demo.cast import Cast
 from spvtpm.demo.chapters import CHAPTERS, CLAIMS
+from spvtpm.demo.cloud_vm import CloudVm
 from spvtpm.demo.owner import OwnerTerminal
-from spvtpm.demo.stage import ActFailed, ChipVendor, EmulatedVm, SecureProcessorHost
+from spvtpm.demo.platform import CloudPlatform
+from spvtpm.demo.stage import ActFailed, ChipVendor, SecureProcessorHost
 from spvtpm.demo.story import Story
 from spvtpm.wire.errors import SpvtpmError
 
@@ -59,26 +61,23 @@ def tell(story: Story) -> bool:
     """Plays all chapters with real processes; returns whether every claim was shown. Leaves nothing behind."""
     story.title(
         "spvtpm: virtual TPMs inside a secure processor",
-        "Two VMs, each with a TPM that the cloud host can neither read nor forge. All of this happens now, between real "
-        "processes. Commands behind vm-a$ and vm-b$ run inside the VMs, those behind host-1# are the hypervisor's, those "
-        "behind owner$ are typed far away. A line with ✓ was checked; the table at the end says what is shown by it.",
+        "A cloud with two users, whose VMs each have a TPM that the cloud can neither read nor forge. All of this happens now, "
+        "between real processes. Commands behind vm-a$ and vm-b$ run inside the VMs, those behind cloud# and host-1# are the "
+        "cloud's, those behind alice$ and bob$ are typed far away. Blue lines are what the platform saw of it. A line with ✓ "
+        "was checked; the table at the end says what is shown by it.",
     )
     with ExitStack() as cleanup:
         directory = cleanup.enter_context(_temporary_directory())
         with story.only_checks():
             vendor, forger = (ChipVendor(name, directory, story) for name in ("vendor", "forger"))
-            owner = OwnerTerminal("owner", directory, story)
-        hosts = []
-        for name in ("host-1", "host-2", "host-x"):
-            host = SecureProcessorHost(name, directory, story)
+            cloud = CloudPlatform(directory, story)
+            cleanup.callback(cloud.stop)
+            alice, bob = (OwnerTerminal(name, directory, cloud, story) for name in ("alice", "bob"))
+        hosts = tuple(SecureProcessorHost(name, directory, story) for name in ("host-1", "host-2", "host-x"))
+        for host in hosts:
             cleanup.callback(host.stop)
-            hosts.append(host)
-        vms = []
-        for name in ("vm-a", "vm-b"):
-            vm = EmulatedVm(name, directory / name, hosts[0], story)
-            cleanup.callback(vm.kill)
-            vms.append(vm)
-        cast = Cast(story, directory, vendor, forger, hosts[0], hosts[1], hosts[2], owner, (vms[0], vms[1]))
+        vms = CloudVm("vm-a", alice, story), CloudVm("vm-b", bob, story)
+        cast = Cast(story, directory, vendor, forger, cloud, hosts[0], hosts[1], hosts[2], alice, bob, vms)
         cleanup.callback(cast.close)
         cleanup.callback(_ignore_signals)  # called first: nothing interrupts the rest
         try:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
+from typing import Self
 
-from spvtpm.demo.stage import PATIENCE_S, ActFailed, run_tool
+from spvtpm.demo.cloud_vm import CloudVm
+from spvtpm.demo.stage import PATIENCE_S, ActFailed, Outcome, SecureProcessorHost, run_tool
 from spvtpm.demo.story import Story
 from spvtpm.embedded import VTPM
+from spvtpm.files import create_file
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.guest.tcti import TctiServer, listen_unix
 from spvtpm.wire import crb, mailbox
 from spvtpm.wire.crb import AttachError, CtrlReq, CtrlSts, Register
 from spvtpm.wire.errors import MailboxError
 from spvtpm.wire.mailbox import Direction
+
+_ON_ITS_WAY_S = 1.0
+"""Until a client that was started waits at the interface; nobody tells."""
 
 
 def _frame_in(memory: bytes) -> tuple[int, bytes]:
@@ -59,11 +69,21 @@ class HostView:
             self._doorbell = os.dup(offered.descriptors.sp_doorbell)
         self._memory = mmap(self._memory_file, crb.MEMORY_BYTES)
 
-    def is_memory_of(self, pid: int) -> bool:
-        """Whether that process has mapped the very same memory."""
-        inode = os.fstat(self._memory_file).st_ino
-        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        return any("spvtpm-crb" in line and line.split()[4] == str(inode) for line in maps)
+    @classmethod
+    def on_the_way(cls, host: SecureProcessorHost, vm_id: uuid.UUID) -> Self:
+        """Takes it between two boots: the hypervisor kills the VM's machine, and stands in the way before the next one.
+
+        Raises:
+            ActFailed: the VM has no machine.
+        """
+        with ThreadPoolExecutor(1) as waiting:  # whoever waits at the interface gets it next
+            view = waiting.submit(cls, host.interface(vm_id))
+            pid = host.machine_pid(vm_id)
+            if pid is None:
+                raise ActFailed("VM A has no machine")
+            time.sleep(_ON_ITS_WAY_S)
+            os.kill(pid, signal.SIGKILL)
+            return view.result(PATIENCE_S)
 
     def command_frame(self) -> bytes:
         """The command frame that lies in the memory, as it is: a clear header, ciphertext, a tag.
@@ -173,3 +193,23 @@ class PlainVtpm:
         """Ends it."""
         self._server.close()
         self._tpm.close()
+
+
+def borrow_interface(vm: CloudVm, other: CloudVm, host: SecureProcessorHost, directory: Path) -> Outcome:
+    """What VM A's tools get from VM B's interface: with VM A's key, over the `cmd` TCTI. VM B's machine has to go for it."""
+    key = directory / "vm-a.key"
+    create_file(key, vm.key)
+    pid = host.machine_pid(other.vm_id)
+    if pid is None:
+        raise ActFailed("VM B has no machine")
+    command = f"exec {sys.executable} -m spvtpm.cli guest tcti --interface {host.interface(other.vm_id)} --key {key}"
+    shown = f'TPM2TOOLS_TCTI="cmd:spvtpm guest tcti --interface={other.name}.sock --key={vm.name}.key"'
+    vm.story.output([shown], style="bold")
+    vm.story.command(f"{vm.name}$", ["tpm2_getrandom", "--hex", "8"])
+    with ThreadPoolExecutor(1) as tool:  # it waits at the interface
+        outcome = tool.submit(
+            run_tool, ["tpm2_getrandom", "--hex", "8"], directory, {"TPM2TOOLS_TCTI": f"cmd:{command}"}
+        )
+        time.sleep(_ON_ITS_WAY_S)
+        os.kill(pid, signal.SIGKILL)
+        return outcome.result(PATIENCE_S)

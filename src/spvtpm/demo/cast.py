@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.demo.attacker import HostView, PlainVtpm
+from spvtpm.demo.cloud_vm import CloudVm
 from spvtpm.demo.owner import OwnerTerminal
-from spvtpm.demo.stage import ChipVendor, EmulatedVm, SecureProcessorHost
+from spvtpm.demo.platform import CloudPlatform
+from spvtpm.demo.stage import ChipVendor, SecureProcessorHost
 from spvtpm.demo.story import Story
 
 
@@ -18,12 +20,14 @@ class Cast:
     Attributes:
         story: prints and checks.
         directory: temporary, for all of it.
-        vendor: makes the chips that the owner trusts.
+        vendor: makes the chips that the owners trust.
         forger: makes chips under the same name.
+        cloud: the platform.
         host: where the VMs begin.
         next_host: another one, with a chip of the same fleet.
         impostor: a host with the forger's chip.
-        owner: of both VMs.
+        alice: owner of VM A.
+        bob: owner of VM B.
         vms: VM A and VM B.
         view: what the hypervisor sees of VM A's interface.
         plain: a vTPM without our protection, for contrast.
@@ -34,21 +38,19 @@ class Cast:
     directory: Path
     vendor: ChipVendor
     forger: ChipVendor
+    cloud: CloudPlatform
     host: SecureProcessorHost
     next_host: SecureProcessorHost
     impostor: SecureProcessorHost
-    owner: OwnerTerminal
-    vms: tuple[EmulatedVm, EmulatedVm]
+    alice: OwnerTerminal
+    bob: OwnerTerminal
+    vms: tuple[CloudVm, CloudVm]
     view: HostView | None = None
     plain: PlainVtpm | None = None
     keys: dict[str, bytes] | None = None
 
-    def thief(self) -> OwnerTerminal:
-        """Another owner."""
-        return OwnerTerminal("thief", self.directory, self.story)
-
     def close(self) -> None:
         """Ends what was opened on the way."""
-        for part in (self.view, self.plain):
+        for part in (self.view, self.plain, self.alice, self.bob):
             if part is not None:
                 part.close()

@@ -6,10 +6,11 @@ import hashlib
 import time
 from pathlib import Path
 
-from spvtpm.demo.attacker import HostView, PlainVtpm, Watch
+from spvtpm.demo.attacker import HostView, PlainVtpm, Watch, borrow_interface
 from spvtpm.demo.cast import Cast
-from spvtpm.demo.owner_chapters import OWNER_CLAIMS, endorse, meet, move, recover
-from spvtpm.demo.stage import ActFailed, EmulatedVm, wait_until
+from spvtpm.demo.cloud_vm import CloudVm
+from spvtpm.demo.owner_chapters import OWNER_CLAIMS, audit, endorse, meet, move, recover
+from spvtpm.demo.stage import ActFailed, wait_until
 from spvtpm.demo.story import Claim, Story
 from spvtpm.demo.tpm_use import (
     FIRMWARE,
@@ -26,7 +27,6 @@ from spvtpm.demo.tpm_use import (
     password_of,
     use_tpm,
 )
-from spvtpm.guest.vm_key import read_vm_key
 from spvtpm.wire import mailbox, messages
 from spvtpm.wire.crb import COMMAND_ADDRESS, AttachError
 
@@ -58,23 +58,25 @@ def create(cast: Cast) -> None:
     story, host = cast.story, cast.host
     story.chapter(
         "A secure processor makes two virtual TPMs",
-        "The hypervisor launches two VMs, and the SP makes a TPM for each. Each VM shares a memory key with the SP and with "
-        "nobody else.",
+        "Each user asks the platform for a VM. It picks a host; the user's terminal verifies that host's chip, and gives it, "
+        "through an encrypted channel, the VM's memory key and his own secret. Then the VM boots, and the SP makes its TPM.",
     )
     with story.showing(BOUND):
         for vm in cast.vms:
-            reply = host.hypervisor("launch", messages.LaunchVm(vm_id=vm.vm_id))
-            made = isinstance(reply, messages.VmInfo) and reply.vtpm is not None and reply.vtpm.residency == "active"
-            story.check(f"{vm.name} has a vTPM, and an interface: memory and two doorbells", made)
+            vm.owner.run("vm", "create", vm.name)
+            made = vm.owner.attempt("vm", "show", vm.name)
+            story.check(f"{vm.name} runs, and its SP says so itself", made.ok and b"active" in made.output)
         story.say("\nNow the hypervisor gives VM A the interface of VM B's vTPM:")
-        outcome = cast.vms[0].borrow_interface_of(cast.vms[1])
+        outcome = borrow_interface(cast.vms[0], cast.vms[1], host, cast.directory)
         story.output([outcome.complaint])
         refused = not outcome.ok and "not authentic" in outcome.complaint
         story.check("refused: the vTPM answers only requests sealed with VM B's key", refused)
-    cast.view = HostView(host.interface(cast.vms[0].vm_id))
-    story.say("\nConnected as it should be, each VM starts the driver of its TPM:")
-    for vm in cast.vms:
-        vm.boot()
+    story.say(
+        "\nBoth boot again, as they should, and on the way the hypervisor keeps a copy of VM A's interface for itself."
+    )
+    cast.view = HostView.on_the_way(host, cast.vms[0].vm_id)
+    if not all(wait_until(vm.answers) for vm in cast.vms):
+        raise ActFailed("a VM does not come up again")
 
 
 def use(cast: Cast) -> None:
@@ -139,8 +141,7 @@ def _look_at_plain(cast: Cast, secret: bytes) -> bytes:
 def _look_at_encrypted(cast: Cast, secret: bytes, clear: bytes) -> None:
     story, vm, view = cast.story, cast.vms[0], _view(cast)
     story.say("\nNow VM A and its vTPM in the SP:")
-    story.check("the hypervisor holds the very memory that VM A's process has mapped", view.is_memory_of(vm.pid))
-    with view.watch(secret, read_vm_key(vm.key)) as watch:
+    with view.watch(secret, vm.key) as watch:
         frame = _catch_frame(vm, watch, len(clear) + mailbox.OVERHEAD_BYTES)
         read = vm.run("tpm2_nvread", NV_INDEX, "-C", "o")
     story.say("The same TPM2_NV_Write as it lay there: a header of 64 bytes (its length, its number), then ciphertext.")
@@ -150,7 +151,7 @@ def _look_at_encrypted(cast: Cast, secret: bytes, clear: bytes) -> None:
     story.check("in it neither the password nor the VM's key was ever found", not watch.found and len(watch.frames) > 1)
 
 
-def _catch_frame(vm: EmulatedVm, watch: Watch, size_bytes: int) -> bytes:
+def _catch_frame(vm: CloudVm, watch: Watch, size_bytes: int) -> bytes:
     """Has the VM write its password until the hypervisor's thread was quick enough to copy that request's frame."""
     for _ in range(20):
         vm.run("tpm2_nvwrite", NV_INDEX, "-C", "o", "-i", "password")
@@ -258,25 +259,28 @@ def cut_power(cast: Cast) -> None:
     story, host, vm = cast.story, cast.host, cast.vms[0]
     story.chapter(
         "The host loses power",
-        "The SP is killed without warning. The VMs die with it, and so do PCRs. But what a TPM has acknowledged must never "
-        "be lost: passwords in NV, and the seeds from which its keys come.",
+        "All of host 1 is killed without warning. The VMs die with it, and so do PCRs. But what a TPM has acknowledged must "
+        "never be lost: passwords in NV, and the seeds from which its keys come.",
     )
     with story.showing(SURVIVES):
+        for each in cast.vms:
+            each.save_disk("seal.pub", "seal.priv", "password")
         running = host.processes()
-        story.command("host-1#", ["kill", "-KILL", str(host.pid)])
-        host.kill()
+        story.command("host-1#", ["kill", "-KILL", str(host.pid), "…"])
+        host.lose_power()
         orphans = wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
         story.check(f"the SP and its {len(running)} processes are gone", orphans)
         lost = vm.attempt("tpm2_pcrread", f"sha256:{PCR}")
         story.output([lost.complaint])
         story.check("VM A has lost its TPM", not lost.ok)
-        for each in cast.vms:
-            each.kill()
-        story.say("\nThe power is back. The same SP starts from its sealed store, and the hypervisor boots the VMs:")
+        story.say(
+            "\nThe power is back. The same SP starts from its sealed store, and the agent boots the VMs by itself:"
+        )
         host.start()
+        host.start_agent()
+        story.check("both VMs are up again", all(wait_until(each.answers) for each in cast.vms))
         for each in cast.vms:
-            host.hypervisor("start", messages.StartVm(vm_id=each.vm_id))
-            each.boot()
+            each.load_disk()
         _after_power_cut(story, vm)
         story.say("\nVM B, in short:")
         with story.only_checks():
@@ -286,7 +290,7 @@ def cut_power(cast: Cast) -> None:
         story.check("both endorsement keys are those from before the power cut", keys == cast.keys)
 
 
-def _after_power_cut(story: Story, vm: EmulatedVm) -> None:
+def _after_power_cut(story: Story, vm: CloudVm) -> None:
     read = vm.run("tpm2_nvread", NV_INDEX, "-C", "o", show=True)
     story.check("the password in NV has survived", read == password_of(vm))
     story.check(f"PCR {PCR} is zero, as after any power-on", vm.pcr(PCR) == ZERO)
@@ -300,4 +304,4 @@ def _after_power_cut(story: Story, vm: EmulatedVm) -> None:
     story.check("unsealed again once the PCR is right", unsealed == password_of(vm))
 
 
-CHAPTERS = (meet, create, use, compare, endorse, look, replay, park, cut_power, move, recover)
+CHAPTERS = (meet, create, use, compare, endorse, look, replay, park, cut_power, move, recover, audit)

@@ -1,34 +1,55 @@
-"""The owners of the demo: their terminals, far away from the host, as the real command line."""
+"""The owners of the demo: their terminals, far away from platform and hosts, as the real command line."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from spvtpm.demo.stage import ActFailed, ChipVendor, EmulatedVm, Outcome, SecureProcessorHost, run_tool
+from spvtpm.demo.platform import CloudPlatform
+from spvtpm.demo.stage import ActFailed, ChipVendor, Outcome, run_tool
 from spvtpm.demo.story import Story
+from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.platform import Platform
 
 
 class OwnerTerminal:
-    """A keyring and `spvtpm terminal`.
+    """A keyring, and `spvtpm` with it.
 
     Args:
-        name: `owner`; the prompt, and the directory of the keyring.
+        name: `alice`; the prompt, and the directory of the keyring.
         directory: of the story.
+        cloud: the platform that this user has VMs at.
         story: where commands are shown.
     """
 
-    def __init__(self, name: str, directory: Path, story: Story) -> None:
+    def __init__(self, name: str, directory: Path, cloud: CloudPlatform, story: Story) -> None:
         self.name = name
         self._directory = directory
+        self._cloud = cloud
         self._story = story
-        self.run("init")
+        self._connection: Platform | None = None
+        self.run("terminal", "init")
+
+    def keyring(self) -> Keyring:
+        """Whose secrets the demo looks for where they must not be."""
+        return Keyring.open(self._directory / self.name / "spvtpm", lambda: b"")
+
+    def platform(self) -> Platform:
+        """This user's connection to the platform."""
+        if self._connection is None:
+            account = self.keyring().content.account
+            if account is None:
+                raise ActFailed(f"{self.name} is not logged in")
+            self._connection = Platform(account)
+        return self._connection
 
     def attempt(self, *words: str) -> Outcome:
-        """Runs a command of the terminal."""
-        self._story.command(f"{self.name}$", ["spvtpm", "terminal", *words])
-        program = [sys.executable, "-m", "spvtpm.cli", "terminal", *words]
-        return run_tool(program, self._directory, {"XDG_DATA_HOME": str(self._directory / self.name)})
+        """Runs a command of `spvtpm`, and tells what the platform saw of it."""
+        self._story.command(f"{self.name}$", ["spvtpm", *words])
+        program = [sys.executable, "-m", "spvtpm.cli", *words]
+        outcome = run_tool(program, self._directory, {"XDG_DATA_HOME": str(self._directory / self.name)})
+        self._story.output(self._cloud.saw(), style="blue")
+        return outcome
 
     def run(self, *words: str) -> Outcome:
         """As `attempt`, for what must succeed; shows what was said.
@@ -38,25 +59,19 @@ class OwnerTerminal:
         """
         outcome = self.attempt(*words)
         if not outcome.ok:
-            raise ActFailed(f"spvtpm terminal {words[0]}: {outcome.complaint}")
+            raise ActFailed(f"spvtpm {' '.join(words[:2])}: {outcome.complaint}")
         self._story.output([*outcome.remarks, *outcome.output.decode(errors="replace").splitlines()])
         return outcome
 
     def trust(self, vendor: ChipVendor) -> None:
         """Takes a vendor's root and revocation list for good."""
-        self.run("trust", f"{vendor.name}/root.pem", "--revoked", f"{vendor.name}/revoked.pem")
+        self.run("terminal", "trust", f"{vendor.name}/root.pem", "--revoked", f"{vendor.name}/revoked.pem")
 
-    def provision(self, vm: EmulatedVm, host: SecureProcessorHost) -> None:
-        """Makes the VM at this host's secure processor, with the key that the VM has, too."""
-        self.run("provision", str(vm.vm_id), "--channel", host.name, "--vm-key", f"{vm.name}/vm.key")
+    def log_in(self) -> None:
+        """Uses the platform from now on."""
+        self.run("login", self._cloud.url, "--token-file", self._cloud.token(self.name))
 
-    def export(self, vm: EmulatedVm, host: SecureProcessorHost) -> str:
-        """Brings the VM's vTPM into a file, and gives its name."""
-        file = f"{vm.name}.instance"
-        self.run("export", str(vm.vm_id), file, "--channel", host.name)
-        return file
-
-    def attempt_import(self, vm: EmulatedVm, host: SecureProcessorHost, file: str) -> Outcome:
-        """Makes the VM there with the vTPM out of the file."""
-        key = f"{vm.name}/vm.key"
-        return self.attempt("provision", str(vm.vm_id), "--channel", host.name, "--vm-key", key, "--import", file)
+    def close(self) -> None:
+        """Ends the connection."""
+        if self._connection is not None:
+            self._connection.close()

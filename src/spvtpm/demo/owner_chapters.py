@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from spvtpm.demo.cast import Cast
-from spvtpm.demo.stage import ActFailed, EmulatedVm, SecureProcessorHost, wait_until
+from spvtpm.demo.cloud_vm import CloudVm
+from spvtpm.demo.owner import OwnerTerminal
+from spvtpm.demo.stage import ActFailed, ChipVendor, SecureProcessorHost, wait_until
 from spvtpm.demo.story import Claim
 from spvtpm.demo.tpm_use import NV_INDEX, PCR, ZERO, endorsement_key, password_of
 from spvtpm.wire import messages
+from spvtpm.wire.errors import SpvtpmError
 
 VERIFIES = Claim(
-    "C4", "The owner verifies the chip before he sends it anything", "spvtpm terminal verify; an impostor is refused"
+    "C4",
+    "The owner verifies the chip before he sends it anything",
+    "spvtpm chips; an impostor is refused before a VM is made",
 )
 ENDORSED = Claim(
     "C7",
@@ -25,49 +32,70 @@ MOVES = Claim(
 )
 OPENS_ONCE = Claim(
     "C4, B3",
-    "Its file opens for its owner, in a chip of the fleet, once",
-    "another owner, another fleet, a second time: refused",
+    "Its file opens for its owner alone, and once",
+    "another user's secret, a second time: refused",
 )
 RECOVERS = Claim(
     "C6c",
     "After a power loss the owner takes the vTPM out of NV",
     "export without a boot; it goes on at the other host",
 )
-OWNER_CLAIMS = (VERIFIES, ENDORSED, MOVES, OPENS_ONCE, RECOVERS)
+ALONE = Claim(
+    "C1 to C6",
+    "The platform runs all of it, and is trusted with nothing",
+    "its database, log and agents searched for every secret; another user's VM does not exist for Bob",
+)
+OWNER_CLAIMS = (VERIFIES, ENDORSED, MOVES, OPENS_ONCE, RECOVERS, ALONE)
 
 _EK_INDEX = "0x1c0000a"
 """Where a TPM keeps the certificate of its ECC P-256 EK. Source: TCG EK Credential Profile 2.5, section 2.2.1.5."""
 
 
 def meet(cast: Cast) -> None:
-    """Vendor, host and owner; the owner verifies whom he talks to."""
-    story = cast.story
+    """Vendor, platform, hosts and two users; they verify what they talk to."""
+    story, cloud = cast.story, cast.cloud
     story.chapter(
-        "An owner meets a secure processor",
-        "A vendor makes a chip and certifies it; a cloud host runs a secure processor (SP) on it: here a daemon whose "
-        "processes stand for the chip. The owner of two VMs is somewhere else, and trusts the vendor's root, not the cloud.",
+        "A cloud, and two users who do not trust it",
+        "A vendor makes a chip and certifies it; a host runs a secure processor (SP) on it, here a daemon whose processes stand "
+        "for the chip, and an agent that runs VMs. A platform takes requests, and relays what it cannot read.",
     )
-    cast.host.make(cast.vendor.manufacture("chip-1"))
-    cast.host.start()
-    owner = cast.owner
+    cloud.make()
+    _add_host(cast, cast.host, cast.vendor, "chip-1")
+    cloud.start()
     with story.showing(VERIFIES):
-        owner.trust(cast.vendor)
-        verified = owner.run("verify", "--channel", cast.host.name)
-        story.check(
-            "the chip is genuine, not revoked, and can do what it has to", "verified: chip" in verified.remarks[0]
-        )
-        story.say("\nThe cloud has another one, on a chip that it has made by itself, under the same vendor's name:")
+        for user in (cast.alice, cast.bob):
+            user.trust(cast.vendor)
+            user.log_in()
+        verified = _chips(cast.alice, 1)
+        story.check("Alice's terminal finds the chip genuine, not revoked, and able", "verified: chip" in verified)
+        story.say("\nThe cloud has another host, on a chip that it has made by itself, under the same vendor's name:")
         with story.only_checks():
-            cast.impostor.make(cast.forger.manufacture("chip-x"))
-            cast.impostor.start()
-        refused = owner.attempt("verify", "--channel", cast.impostor.name)
+            _add_host(cast, cast.impostor, cast.forger, "chip-x")
+            wait_until(lambda: _is_online(cast, cast.impostor))
+        refused = cast.alice.attempt("vm", "create", "trap", "--host", cast.impostor.name)
         story.output([refused.complaint])
         story.check("refused before anything was sent", not refused.ok and "not trusted" in refused.complaint)
-    story.say(
-        "\nThe owner gives the genuine one, through an encrypted channel, each VM's memory key and his own secret:"
-    )
-    for vm in cast.vms:
-        owner.provision(vm, cast.host)
+        with story.only_checks():
+            cast.impostor.stop_agent()
+
+
+def _add_host(cast: Cast, host: SecureProcessorHost, vendor: ChipVendor, chip: str) -> None:
+    host.make(vendor.manufacture(chip))
+    host.start()
+    host.make_agent()
+    host.start_agent()
+    cast.cloud.add_host(host)
+
+
+def _chips(owner: OwnerTerminal, count: int) -> str:
+    """What a user's terminal finds, once the platform has heard of so many hosts."""
+    if not wait_until(lambda: len(owner.platform().chips()) >= count):
+        raise ActFailed("the platform hears nothing of its hosts")
+    return owner.run("chips").output.decode()
+
+
+def _is_online(cast: Cast, host: SecureProcessorHost) -> bool:
+    return any(chip.host == host.name and chip.is_online for chip in cast.alice.platform().chips())
 
 
 def endorse(cast: Cast) -> None:
@@ -79,8 +107,13 @@ def endorse(cast: Cast) -> None:
         "chip signs that. The owner fetches the certificates from the SP, not from the guest, and checks them with OpenSSL.",
     )
     with story.showing(ENDORSED):
-        cast.owner.run("endorsement", str(vm.vm_id), "--channel", cast.host.name, "--output", f"{vm.name}/ek")
-        root, issuer = cast.vendor.directory / "root.pem", "ek/issuer.pem"
+        words = ("endorsement", str(vm.vm_id), "--channel", cast.host.name, "--output", "ek")
+        vm.owner.run("terminal", *words)
+        vm.run("mkdir", "ek")
+        for name in ("ek-1.pem", "ek-2.pem", "ek-3.pem", "issuer.pem"):
+            vm.write(f"ek/{name}", (cast.directory / "ek" / name).read_bytes())
+        vm.write("root.pem", (cast.vendor.directory / "root.pem").read_bytes())
+        root, issuer = "root.pem", "ek/issuer.pem"
         verify = ("openssl", "verify", "-CAfile", str(root), "-untrusted", issuer)
         checked = vm.attempt(*verify, "ek/ek-1.pem", "ek/ek-2.pem", "ek/ek-3.pem")
         story.output(checked.output.decode().splitlines())
@@ -95,92 +128,125 @@ def endorse(cast: Cast) -> None:
         )
 
 
-def certified(vm: EmulatedVm) -> bytes:
+def certified(vm: CloudVm) -> bytes:
     """The public key in the certificate that the VM's TPM keeps, as PEM."""
     return vm.run("openssl", "x509", "-inform", "der", "-in", "ek.der", "-noout", "-pubkey")
 
 
 def move(cast: Cast) -> None:
     """VM A is hibernated, its vTPM goes to its owner, and to another host."""
-    story, vm, host, next_host = cast.story, cast.vms[0], cast.host, cast.next_host
+    story, vm, alice = cast.story, cast.vms[0], cast.alice
     story.chapter(
         "VM A goes to sleep, and wakes on another host",
-        "The hypervisor suspends VM A. Its vTPM, PCRs and all, goes to the owner as a file that takes two secrets to open: "
-        "the owner's, and the fleet's inside the chips. Then the SP destroys what it has.",
+        "Alice has VM A hibernated. Its vTPM, PCRs and all, comes to her as a file that takes two secrets to open: hers, and the "
+        "fleet's inside the chips. Then the SP destroys what it has. VM A's memory stays with the cloud, as ciphertext.",
     )
     with story.showing(MOVES):
         pcr = vm.pcr(PCR)
-        vm.kill()
-        host.hypervisor("hibernate", messages.HibernateVm(vm_id=vm.vm_id))
-        file = cast.owner.export(vm, host)
-        listed = host.hypervisor("list", messages.ListVms())
+        alice.run("vm", "hibernate", vm.name)
+        listed = cast.host.hypervisor("list", messages.ListVms())
         gone = isinstance(listed, messages.VmList) and vm.vm_id not in [info.vm_id for info in listed.vms]
         story.check("the SP has no VM A any more", gone)
-        content = (cast.directory / file).read_bytes()
-        story.check("the file shows nothing of VM A's password", password_of(vm) not in content)
+        (file,) = alice.keyring().instances().glob(f"{vm.name}-*")
+        story.check("the file shows nothing of VM A's password", password_of(vm) not in file.read_bytes())
         story.say("\nAnother host of the same cloud, with a chip of the same fleet:")
-        next_host.make(cast.vendor.manufacture("chip-2"))
-        next_host.start()
+        _add_host(cast, cast.next_host, cast.vendor, "chip-2")
+        if not wait_until(lambda: _is_online(cast, cast.next_host)):
+            raise ActFailed("host 2 does not come up")
     with story.showing(OPENS_ONCE):
-        _open_elsewhere(cast, vm, file)
+        _steal(cast, file)
     with story.showing(MOVES):
-        _bring(cast, vm, next_host, file)
+        story.say("\nAlice has VM A go on, wherever there is room:")
+        alice.run("vm", "resume", vm.name)
+        placed = alice.platform().vm(vm.vm_id).host
+        story.check("it is at host 2, where there is most room", placed == cast.next_host.name)
         story.check(f"PCR {PCR} is what it was: the TPM did not start anew", vm.pcr(PCR) == pcr != ZERO)
         read = vm.run("tpm2_nvread", NV_INDEX, "-C", "o", show=True)
         story.check("the password is there", read == password_of(vm))
+        story.check("and so is the VM's memory", vm.read("password") == password_of(vm))
     with story.showing(OPENS_ONCE):
-        again = cast.owner.attempt_import(vm, host, file)
+        again = alice.attempt("vm", "import", "twin", str(file))
         story.output([again.complaint])
-        story.check("the owner's own terminal refuses to bring it back a second time", not again.ok)
+        story.check("Alice's own terminal refuses to bring it back a second time", not again.ok)
 
 
-def _open_elsewhere(cast: Cast, vm: EmulatedVm, file: str) -> None:
+def _steal(cast: Cast, file: Path) -> None:
     story = cast.story
-    story.say("\nSomebody else has got hold of the file, and has a genuine SP of the fleet:")
-    thief = cast.thief()
-    thief.trust(cast.vendor)
-    stolen = thief.attempt_import(vm, cast.next_host, file)
+    story.say("\nBob has got hold of the file, and has a genuine SP of the fleet:")
+    stolen = cast.bob.attempt("vm", "import", "stolen", str(file))
     story.output([stolen.complaint])
-    story.check("it does not open with another owner's secret", not stolen.ok and "secrets" in stolen.complaint)
-    story.say("\nThe owner himself is talked into trusting the other vendor, whose chips are of another fleet:")
-    cast.owner.trust(cast.forger)
-    abroad = cast.owner.attempt_import(vm, cast.impostor, file)
-    story.output([abroad.complaint])
-    story.check("it does not open in a chip of another fleet", not abroad.ok and "fleet" in abroad.complaint)
-
-
-def _bring(cast: Cast, vm: EmulatedVm, host: SecureProcessorHost, file: str) -> None:
-    story = cast.story
-    story.say("\nThe owner brings it to the other host, and the hypervisor there launches the VM:")
-    brought = cast.owner.attempt_import(vm, host, file)
-    story.output([*brought.remarks, *brought.output.decode().splitlines()])
-    if not brought.ok:
-        raise ActFailed(f"the import of {vm.name}: {brought.complaint}")
-    host.hypervisor("launch", messages.LaunchVm(vm_id=vm.vm_id))
-    vm.move_to(host)
-    vm.boot()
+    story.check("it does not open with another user's secret", not stolen.ok and "secrets" in stolen.complaint)
+    with story.only_checks():
+        cast.bob.run("vm", "destroy", "stolen", "--yes")
 
 
 def recover(cast: Cast) -> None:
-    """The first host loses power while VM B runs, and never boots it again."""
-    story, vm, host = cast.story, cast.vms[1], cast.host
+    """The first host loses power while VM B is shut down there, and VM B moves out."""
+    story, vm, host, bob = cast.story, cast.vms[1], cast.host, cast.bob
     story.chapter(
         "The first host loses power again, and VM B moves out",
-        "VM B dies with its host. The SP's non-volatile storage survives, so nobody has to boot VM B there ever again: its "
-        "owner takes the vTPM out of it.",
+        "VM B is shut down; Bob has left its vTPM at the host, in the SP's non-volatile storage. That survives, so nobody has to "
+        "boot VM B there ever again: he takes the vTPM out of it.",
     )
     with story.showing(RECOVERS):
         key = endorsement_key(vm)
+        bob.run("vm", "shutdown", vm.name, "--stay")
         running = host.processes()
-        story.command("host-1#", ["kill", "-KILL", str(host.pid)])
-        host.kill()
+        story.command("host-1#", ["kill", "-KILL", str(host.pid), "…"])
+        host.lose_power()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in running))
-        vm.kill()
         host.start()
-        file = cast.owner.export(vm, host)
-        _bring(cast, vm, cast.next_host, file)
+        host.start_agent()
+        bob.run("vm", "recover", vm.name)
+        with story.only_checks():
+            host.stop_agent()  # it is mended, say
+        wait_until(lambda: not _is_online(cast, host))
+        bob.run("vm", "start", vm.name)
         read = vm.run("tpm2_nvread", NV_INDEX, "-C", "o", show=True)
         story.check("what VM B's TPM had acknowledged is there, on another host", read == password_of(vm))
         story.check("its endorsement key is the one that chip 1 certified", endorsement_key(vm) == key)
-        status = cast.owner.run("status").output.decode()
-        story.check("the owner's terminal knows where both vTPMs live", status.count("at the chip") == 2)
+        status = bob.run("terminal", "status").output.decode()
+        story.check("Bob's terminal knows where it lives", status.count("at the chip") == 1)
+
+
+def audit(cast: Cast) -> None:
+    """All that the cloud's side has kept is searched for secrets; and one user asks for another one's VM."""
+    story, vm = cast.story, cast.vms[0]
+    story.chapter(
+        "What the platform has",
+        "It has placed, booted, hibernated and moved two VMs, and every secret has gone through it. Now all that it has kept is "
+        "searched: its database, its log, the agents' directories and logs.",
+    )
+    with story.showing(ALONE):
+        secrets = [secret for each in cast.vms for secret in _secrets_of(each)]
+        kept = [path for path in _kept_by_cloud(cast) if path.is_file()]
+        found = [path for path in kept if any(secret in path.read_bytes() for secret in secrets)]
+        size = sum(path.stat().st_size for path in kept)
+        story.output([f"{len(kept)} files, {size} bytes, searched for {len(secrets)} secrets: {len(found)} hits"])
+        story.check("no VM key, no user's secret, no password in any of them", bool(kept) and not found)
+        story.output([f"{cast.cloud.relayed_bytes} bytes went through it, and it knows how many they were"])
+        story.say("\nBob asks the platform for Alice's VM, by its id, and for one that nobody has:")
+        answers = [_answer(cast.bob, vm_id) for vm_id in (vm.vm_id, uuid.UUID(int=0))]
+        story.output(answers)
+        story.check("both do not exist for him", len({answer.partition("VM")[0] for answer in answers}) == 1)
+
+
+def _secrets_of(vm: CloudVm) -> list[bytes]:
+    return [password_of(vm), vm.key, *vm.owner.keyring().content.user_secrets]
+
+
+def _kept_by_cloud(cast: Cast) -> Iterator[Path]:
+    """All files of the cloud's side, but those in the memory directories of VMs: those stand for encrypted memory."""
+    yield cast.cloud.log
+    yield from cast.cloud.state.rglob("*")
+    for host in (cast.host, cast.next_host, cast.impostor):
+        yield from (path for path in host.agent_state.rglob("*") if "memory" not in path.parts)
+        yield host.state / "nv.db"
+
+
+def _answer(owner: OwnerTerminal, vm_id: uuid.UUID) -> str:
+    try:
+        owner.platform().vm(vm_id)
+    except SpvtpmError as error:
+        return f"{error} [{error.code}]"
+    return "there it is"

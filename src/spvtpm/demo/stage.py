@@ -1,4 +1,4 @@
-"""The cast of the demo, as real processes: a secure processor with its hypervisor, and VMs with TPM tools."""
+"""The hosts of the demo, as real processes: a secure processor, and the agent that runs VMs beside it; and who makes chips."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.demo.story import Story
-from spvtpm.guest.vm_key import create_vm_key
+from spvtpm.hypervisor.machine_process import find_sessions
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
 from spvtpm.vendor.authority import init_vendor
 from spvtpm.vendor.factory import manufacture_chip
 from spvtpm.wire import messages
 
-_SPVTPM = (sys.executable, "-m", "spvtpm.cli")
+SPVTPM = (sys.executable, "-m", "spvtpm.cli")
 PATIENCE_S = 30.0
 
 
@@ -46,10 +46,10 @@ class Outcome:
     remarks: tuple[str, ...] = ()
 
 
-def _start(words: list[str], log: Path, awaited: bytes) -> subprocess.Popen[bytes]:
+def start(words: list[str], log: Path, awaited: bytes) -> subprocess.Popen[bytes]:
     """Starts one of our own processes and waits for its first line."""
     with log.open("ab") as errors:
-        process = subprocess.Popen([*_SPVTPM, *words], stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([*SPVTPM, *words], stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)
     try:
         assert process.stdout is not None  # noqa: S101  # a pipe, as asked for
         with process.stdout as output:
@@ -58,12 +58,13 @@ def _start(words: list[str], log: Path, awaited: bytes) -> subprocess.Popen[byte
                 said = log.read_text().strip() or "it said nothing"
                 raise ActFailed(f"spvtpm {' '.join(words[:2])} does not start: {said[-600:]}")
     except BaseException:
-        _end(process, signal.SIGKILL)
+        end(process, signal.SIGKILL)
         raise
     return process
 
 
-def _end(process: subprocess.Popen[bytes] | None, number: signal.Signals) -> None:
+def end(process: subprocess.Popen[bytes] | None, number: signal.Signals) -> None:
+    """Ends one, if it runs."""
     if process is None or process.poll() is not None:
         return
     process.send_signal(number)
@@ -89,10 +90,15 @@ def run_tool(words: list[str], directory: Path, environment: Mapping[str, str]) 
         )
     except subprocess.TimeoutExpired:
         return Outcome(False, b"", f"it did not end within {PATIENCE_S:g} s")
-    complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in complaints if line.startswith(("ERROR: ", "spvtpm: "))]
-    complaint = (telling or complaints or [f"exit code {done.returncode}"])[0]
-    return Outcome(done.returncode == 0, done.stdout, complaint, tuple(complaints))
+    return telling(done.returncode, done.stdout, done.stderr)
+
+
+def telling(code: int, output: bytes, errors: bytes) -> Outcome:
+    """What a tool did, with its most telling line picked out."""
+    complaints = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
+    ours = [line for line in complaints if line.startswith(("ERROR: ", "spvtpm: "))]
+    complaint = (ours or complaints or [f"exit code {code}"])[0]
+    return Outcome(code == 0, output, complaint, tuple(complaints))
 
 
 class ChipVendor:
@@ -119,7 +125,7 @@ class ChipVendor:
 
 
 class SecureProcessorHost:
-    """A host: a secure processor and the hypervisor beside it.
+    """A host: a secure processor, and the agent beside it that runs VMs as the platform orders.
 
     Args:
         name: its state goes to a directory of this name.
@@ -133,6 +139,8 @@ class SecureProcessorHost:
         self._log = directory / f"{name}.log"
         self._story = story
         self._process: subprocess.Popen[bytes] | None = None
+        self.agent_state = directory / f"{name}-agent"
+        self._agent: subprocess.Popen[bytes] | None = None
 
     @property
     def _prompt(self) -> str:
@@ -146,7 +154,24 @@ class SecureProcessorHost:
     def start(self) -> None:
         """Its daemon."""
         self._story.command(self._prompt, ["spvtpm", "sp", "run", self.name])
-        self._process = _start(["sp", "run", str(self.state)], self._log, b"listening")
+        self._process = start(["sp", "run", str(self.state)], self._log, b"listening")
+
+    def make_agent(self) -> None:
+        """A new agent beside it."""
+        words = ["agent", "init", str(self.agent_state), "--sp", str(self.state)]
+        self._story.command(self._prompt, ["spvtpm", "agent", "init", f"{self.name}-agent", "--sp", self.name])
+        done = run_tool([*SPVTPM, *words], self.state.parent, {})
+        if not done.ok:
+            raise ActFailed(f"spvtpm agent init: {done.complaint}")
+
+    def start_agent(self) -> None:
+        """Its agent; VMs that were ordered to run are booted."""
+        self._story.command(self._prompt, ["spvtpm", "agent", "run", f"{self.name}-agent"])
+        self._agent = start(["agent", "run", str(self.agent_state)], self._log, b"listening")
+
+    def machine_pid(self, vm_id: uuid.UUID) -> int | None:
+        """Process id of a VM's machine."""
+        return find_sessions("machine").get(str(self.agent_state / "vms" / str(vm_id) / "machine"))
 
     @property
     def pid(self) -> int:
@@ -189,114 +214,26 @@ class SecureProcessorHost:
         return frozenset(found)
 
     def kill(self) -> None:
-        """SIGKILL: what a power cut is to a process."""
-        _end(self._process, signal.SIGKILL)
+        """SIGKILL of the daemon."""
+        end(self._process, signal.SIGKILL)
+
+    def lose_power(self) -> None:
+        """SIGKILL of all that runs there: what a power cut is to processes."""
+        end(self._agent, signal.SIGKILL)
+        machines = str(self.agent_state / "vms")
+        for path, pid in find_sessions("machine").items():
+            if path.startswith(machines):
+                os.kill(pid, signal.SIGKILL)
+        self.kill()
+
+    def stop_agent(self) -> None:
+        """Its agent, in order: VMs are powered off."""
+        end(self._agent, signal.SIGTERM)
 
     def stop(self) -> None:
-        """In order."""
-        _end(self._process, signal.SIGTERM)
-
-
-class EmulatedVm:
-    """A virtual machine, played by a directory with the VM's key, the process `spvtpm guest serve`, and TPM tools.
-
-    Args:
-        name: `vm-a`.
-        directory: all it owns; made here.
-        host: where it boots.
-        story: where commands are shown.
-    """
-
-    def __init__(self, name: str, directory: Path, host: SecureProcessorHost, story: Story) -> None:
-        self.name = name
-        self.vm_id = uuid.uuid4()
-        self.directory = directory
-        self.key = directory / "vm.key"
-        self._host = host
-        self._story = story
-        self._door: subprocess.Popen[bytes] | None = None
-        directory.mkdir(mode=0o700)
-        create_vm_key(self.key)
-
-    def move_to(self, host: SecureProcessorHost) -> None:
-        """It boots there from now on."""
-        self._host = host
-
-    def boot(self) -> None:
-        """Starts the VM's one process: the driver of its vTPM, with a socket for the VM's TPM tools."""
-        socket = self.directory / "tpm"
-        words = ["guest", "serve", "--interface", str(self._host.interface(self.vm_id)), "--key", str(self.key)]
-        self._story.command(
-            self._prompt, ["spvtpm", "guest", "serve", "--interface=/dev/vtpm", "--key=vm.key", "--socket=tpm"]
-        )
-        self._door = _start([*words, "--socket", str(socket)], self.directory / "serve.log", b"serving")
-
-    @property
-    def pid(self) -> int:
-        """Of the VM's process."""
-        assert self._door is not None  # noqa: S101  # it was booted
-        return self._door.pid
-
-    @property
-    def _prompt(self) -> str:
-        return f"{self.name}$"
-
-    def write(self, name: str, content: bytes) -> None:
-        """Puts a file into the VM."""
-        (self.directory / name).write_bytes(content)
-
-    def read(self, name: str) -> bytes:
-        """Reads one of the VM's files."""
-        return (self.directory / name).read_bytes()
-
-    def attempt(self, *words: str) -> Outcome:
-        """Runs a tool in the VM; TPM tools find the vTPM by themselves."""
-        self._story.command(self._prompt, words)
-        if words[0].startswith("tpm2_"):
-            self._empty_key_slots()
-        return run_tool(list(words), self.directory, {"TPM2TOOLS_TCTI": f"swtpm:path={self.directory / 'tpm'}"})
-
-    def run(self, *words: str, show: bool = False) -> bytes:
-        """As `attempt`, for what must succeed.
-
-        Args:
-            words: the command.
-            show: print what it printed.
-
-        Raises:
-            ActFailed: it did not.
-        """
-        outcome = self.attempt(*words)
-        if not outcome.ok:
-            raise ActFailed(f"{words[0]} in {self.name}: {outcome.complaint}")
-        if show:
-            self._story.output(outcome.output.decode(errors="replace").splitlines())
-        return outcome.output
-
-    def _empty_key_slots(self) -> None:
-        """What the kernel's resource manager (/dev/tpmrm0) does in a real VM between two programs."""
-        environment = {"TPM2TOOLS_TCTI": f"swtpm:path={self.directory / 'tpm'}"}
-        for kind in ("--transient-object", "--loaded-session", "--saved-session"):
-            run_tool(["tpm2_flushcontext", kind], self.directory, environment)
-
-    def pcr(self, number: int) -> bytes:
-        """One SHA-256 PCR."""
-        value = self.run("tpm2_pcrread", f"sha256:{number}").decode().rpartition("0x")[2].strip()
-        self._story.output([f"{number}: {value.lower()}"])
-        return bytes.fromhex(value)
-
-    def borrow_interface_of(self, other: EmulatedVm) -> Outcome:
-        """Uses another VM's interface with this VM's key, over the `cmd` TCTI."""
-        interface = self._host.interface(other.vm_id)
-        command = f"exec {sys.executable} -m spvtpm.cli guest tcti --interface {interface} --key {self.key}"
-        shown = f'TPM2TOOLS_TCTI="cmd:spvtpm guest tcti --interface={other.name}.sock --key=vm.key"'
-        self._story.output([shown], style="bold")
-        self._story.command(self._prompt, ["tpm2_getrandom", "--hex", "8"])
-        return run_tool(["tpm2_getrandom", "--hex", "8"], self.directory, {"TPM2TOOLS_TCTI": f"cmd:{command}"})
-
-    def kill(self) -> None:
-        """The VM dies."""
-        _end(self._door, signal.SIGKILL)
+        """All of it, in order."""
+        self.stop_agent()
+        end(self._process, signal.SIGTERM)
 
 
 def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> bool:

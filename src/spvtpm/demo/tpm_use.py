@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from spvtpm.demo.stage import EmulatedVm
+from spvtpm.demo.cloud_vm import CloudVm
 from spvtpm.demo.story import Claim, Story
 
 MEASURES = Claim("C9", "The VM's unmodified TPM tools work: PCRs", "tpm2_pcrextend, tpm2_pcrread against SHA-256 here")
@@ -19,23 +19,23 @@ ZERO = bytes(32)
 FIRMWARE = hashlib.sha256(b"the VM's firmware, version 1").digest()
 
 
-def password_of(vm: EmulatedVm) -> bytes:
+def password_of(vm: CloudVm) -> bytes:
     """The secret that a VM keeps in its vTPM; the demo looks for it where it must not be."""
     return f"the disk password of {vm.name} is tr0ub4dor&3".encode()
 
 
-def measure(vm: EmulatedVm, digest: bytes) -> None:
+def measure(vm: CloudVm, digest: bytes) -> None:
     """Extends the PCR of the story."""
     vm.run("tpm2_pcrextend", f"{PCR}:sha256={digest.hex()}")
 
 
-def endorsement_key(vm: EmulatedVm) -> bytes:
+def endorsement_key(vm: CloudVm) -> bytes:
     """The public half of the VM's endorsement key, as PEM."""
     vm.run("tpm2_createek", "-c", "ek.ctx", "-G", "ecc", "-u", "ek.pem", "-f", "pem")
     return vm.read("ek.pem")
 
 
-def use_tpm(story: Story, vm: EmulatedVm) -> None:
+def use_tpm(story: Story, vm: CloudVm) -> None:
     """All of it, each under its claim."""
     with story.showing(MEASURES):
         _measure_boot(story, vm)
@@ -49,7 +49,7 @@ def use_tpm(story: Story, vm: EmulatedVm) -> None:
         _quote(story, vm)
 
 
-def _measure_boot(story: Story, vm: EmulatedVm) -> None:
+def _measure_boot(story: Story, vm: CloudVm) -> None:
     story.say("Measured boot: the firmware's hash goes into a PCR, which can be extended but never set.")
     measure(vm, FIRMWARE)
     pcr = vm.pcr(PCR)
@@ -58,7 +58,7 @@ def _measure_boot(story: Story, vm: EmulatedVm) -> None:
     )
 
 
-def _keep_password(story: Story, vm: EmulatedVm) -> None:
+def _keep_password(story: Story, vm: CloudVm) -> None:
     story.say("\nNV storage: a password that the VM keeps in its TPM.")
     password = password_of(vm)
     vm.write("password", password)
@@ -68,7 +68,7 @@ def _keep_password(story: Story, vm: EmulatedVm) -> None:
     story.check("what was written is read back", read == password)
 
 
-def _sign(story: Story, vm: EmulatedVm) -> None:
+def _sign(story: Story, vm: CloudVm) -> None:
     story.say("\nA signing key that never leaves the TPM, checked by somebody who has only its public half.")
     vm.write("order", f"pay 100 to {vm.name}\n".encode())
     vm.write("forged", f"pay 900 to {vm.name}\n".encode())
@@ -85,7 +85,7 @@ def _sign(story: Story, vm: EmulatedVm) -> None:
     story.check("OpenSSL verifies the signature, and refuses the altered order", genuine.ok and not forged.ok)
 
 
-def _seal(story: Story, vm: EmulatedVm) -> None:
+def _seal(story: Story, vm: CloudVm) -> None:
     story.say(f"\nA secret that the TPM gives back only while PCR {PCR} is as it is now.")
     password = password_of(vm)
     vm.run("tpm2_createpolicy", "-Q", "--policy-pcr", "-l", f"sha256:{PCR}", "-L", "pcr.policy")
@@ -99,7 +99,7 @@ def _seal(story: Story, vm: EmulatedVm) -> None:
     story.check("refused once the PCR was extended", not refused.ok and "policy check failed" in refused.complaint)
 
 
-def _quote(story: Story, vm: EmulatedVm) -> None:
+def _quote(story: Story, vm: CloudVm) -> None:
     story.say("\nA quote: the TPM signs its PCRs and a fresh number, for somebody far away.")
     nonce, other = hashlib.sha256(vm.name.encode()).hexdigest()[:16], "00" * 8
     vm.run("tpm2_createek", "-c", "ek.ctx", "-G", "ecc", "-u", "ek.pub")
