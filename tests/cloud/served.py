@@ -43,14 +43,25 @@ REPORT = HostReport(
 
 
 class ServedPlatform:
-    """A replica on a unix socket. `limits` and the URL go into its configuration."""
+    """A replica on a unix socket, or a port. `limits` and the database's URL go into its configuration.
 
-    def __init__(self, directory: Path, url: str | None = None, limits: Mapping[str, float] | None = None) -> None:
+    Attributes:
+        address: where it listens, once started.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        url: str | None = None,
+        limits: Mapping[str, float] | None = None,
+        listen: str | None = None,
+    ) -> None:
         self.directory = directory
         self.socket = directory.parent / f"{directory.name}.sock"
         self.log_path = directory.parent / f"{directory.name}.log"
         self.admin_token = json.loads(self.command("init", "--json"))["secret"]
-        lines = [f"listen = {json.dumps(f'unix:{self.socket}')}"]
+        self.address = ""
+        lines = [f"listen = {json.dumps(listen or f'unix:{self.socket}')}"]
         if url is not None:
             lines.append(f"database_url = {json.dumps(url)}")
         lines += ["[limits]", *(f"{name} = {value}" for name, value in (limits or {}).items())]
@@ -74,7 +85,9 @@ class ServedPlatform:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         assert self.process.stdout is not None
-        assert self.process.stdout.readline().startswith(b"listening on "), self.log()
+        said = self.process.stdout.readline().decode()
+        assert said.startswith("listening on "), self.log()
+        self.address = said.removeprefix("listening on ").strip()
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

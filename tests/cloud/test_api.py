@@ -203,6 +203,7 @@ def test_requests_are_taken_exactly_as_they_are_described(alice: httpx.Client) -
         alice.get("/v1/vms?after=%00"),
         alice.get(f"/v1/vms/{uuid.uuid4()}/events?after=-1"),
         alice.get("/v1/operations?before=x"),
+        alice.get("/v1/operations?vm_id=null"),
         alice.request("GET", "/v1/me", content=b"x"),
     ]
     assert [(one.status_code, problem(one).code) for one in refused] == [(400, "bad-message")] * len(refused)

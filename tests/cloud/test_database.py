@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from alembic import command
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from spvtpm.cloud import auth, tables
-from spvtpm.cloud.config import CloudConfig, Limits, database_url, load_config, parse_listen
+from spvtpm.cloud.config import DEFAULT_TOML, CloudConfig, Limits, database_url, load_config, parse_listen
 from spvtpm.cloud.database import Database
 from spvtpm.cloud.migrations import alembic_config, migrate, verify_migrated
 from spvtpm.wire.errors import ConfigError
@@ -195,3 +197,16 @@ def test_where_to_listen_is_understood(listen: str, meant: object) -> None:
 def test_where_nobody_can_listen_is_refused(listen: str) -> None:
     with pytest.raises(ConfigError):
         parse_listen(listen)
+
+
+def test_every_configuration_key_is_explained_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/run-a-cloud.md").read_text()
+    keys = [("", field) for field in msgspec.structs.fields(CloudConfig) if field.name != "limits"]
+    for group, field in [*keys, *(("limits.", field) for field in msgspec.structs.fields(Limits))]:
+        row = re.search(rf"(?m)^\| `{group}{field.name}` \| ([^|]+) \|", page)
+        assert row, field.name
+        assert field.name in DEFAULT_TOML
+        if field.default is not None:
+            assert row[1].strip("`") == str(field.default), field.name
+    named = "\n".join(line.removeprefix("# ") for line in DEFAULT_TOML.splitlines() if "Configuration" not in line)
+    assert msgspec.toml.decode(named, type=CloudConfig).limits == Limits()

@@ -124,7 +124,7 @@ def _stream(types: _Types) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "Events.",
-                "content": {EVENT_STREAM_TYPE: {"schema": {"type": "string"}}},
+                "content": {EVENT_STREAM_TYPE: {}},
                 "x-event": types.schema(Operation),
             }
         }
@@ -157,16 +157,9 @@ def _query_parameters(query: type[msgspec.Struct], types: _Types) -> list[dict[s
     if query is NoQuery:
         return []
     return [
-        {"name": field.encode_name, "in": "query", "required": field.required, "schema": _given(field.type, types)}
+        {"name": field.encode_name, "in": "query", "required": field.required, "schema": types.schema(field.type)}
         for field in msgspec.structs.fields(query)
     ]
-
-
-def _given(kind: Any, types: _Types) -> dict[str, Any]:
-    """Of a parameter that is there: what it is otherwise, null, cannot be said in a query."""
-    schema = types.schema(kind)
-    alternatives = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
-    return alternatives[0] if len(alternatives) == 1 else schema
 
 
 def _problems(errors: Iterable[type[SpvtpmError]], types: _Types) -> dict[str, Any]:

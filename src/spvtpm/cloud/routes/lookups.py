@@ -6,6 +6,7 @@ import uuid
 from typing import Final, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from sqlalchemy import Connection
 
 from spvtpm.cloud import queries
@@ -23,8 +24,8 @@ class OperationsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         all: everybody's, for administrators.
     """
 
-    vm_id: uuid.UUID | None = None
-    before: uuid.UUID | None = None
+    vm_id: uuid.UUID | UnsetType = UNSET  # None would be `?vm_id=null`
+    before: uuid.UUID | UnsetType = UNSET
     all: Literal["true", "false"] = "false"
 
 
@@ -34,7 +35,7 @@ def _operations(connection: Connection, call: Call) -> OperationPage:
     if query.all == "true":
         call.principal.require("admin")
         user = None
-    return queries.list_operations(connection, user, vm_id=query.vm_id, before=query.before)
+    return queries.list_operations(connection, user, vm_id=query.vm_id or None, before=query.before or None)
 
 
 def _operation(connection: Connection, call: Call) -> Operation:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import Connection, func, select, update
 
 from spvtpm.cloud import operations, queries, tables
@@ -36,7 +36,7 @@ class VmsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         all: everybody's, for administrators.
     """
 
-    after: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,63}(/[a-z0-9-]{1,63})?\Z")] | None = None
+    after: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,63}(/[a-z0-9-]{1,63})?\Z")] | UnsetType = UNSET
     all: Literal["true", "false"] = "false"
 
 
@@ -82,7 +82,7 @@ def _list(connection: Connection, call: Call) -> VmPage:
     if query.all == "true":
         call.principal.require("admin")
         user = None
-    return queries.list_vms(connection, user, after=query.after)
+    return queries.list_vms(connection, user, after=query.after or None)
 
 
 def _show(connection: Connection, call: Call) -> Vm:
