@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -151,14 +152,16 @@ class RunningAgent(Daemon):
         return text
 
     def websocket(self, path: str, token: str | None = None, **options: Any) -> ClientConnection:
-        """A WebSocket to the agent."""
-        return unix_connect(
+        """A WebSocket to the agent, to be entered."""
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        connection: ClientConnection = unix_connect(
             str(self.directory / "agent.sock"),
             f"ws://agent{path}",
-            additional_headers={"Authorization": f"Bearer {token or self.token}"},
+            additional_headers=headers,
             compression=None,
             **options,
         )
+        return connection
 
     def __enter__(self) -> Self:
         return self
@@ -179,8 +182,6 @@ class RunningAgent(Daemon):
 
 def wait_for_end(pid: int) -> None:
     """Until a process has ended."""
-    import os
-
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -29,10 +29,13 @@ from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_RELAYS: Final = 64
-"""Of one kind, at a time: to the secure processor, and to VMs."""
+MAX_CHANNELS: Final = 56
+"""Relays to the secure processor at a time. It takes 64: the agent itself knocks, too, and the host's administrator may."""
 
-MAX_RELAYS_OF_ONE_VM: Final = 8
+MAX_CONSOLES: Final = 64
+"""Relays to VMs at a time."""
+
+MAX_CONSOLES_OF_ONE_VM: Final = 8
 
 CHANNEL_IDLE_S: Final = 330.0
 """Longer than the secure processor bears silence."""
