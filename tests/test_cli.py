@@ -28,6 +28,7 @@ COMMANDS = [
     *(
         ("hypervisor", name)
         for name in (
+            "admit",
             "launch",
             "create-vtpm",
             "start",
@@ -43,6 +44,24 @@ COMMANDS = [
     ("guest", "new-key"),
     ("guest", "tcti"),
     ("guest", "serve"),
+    ("guest", "machine"),
+    *(("agent", name) for name in ("init", "address", "run")),
+    *(
+        ("cloud", name)
+        for name in (
+            "init",
+            "run",
+            "migrate",
+            "add-user",
+            "remove-user",
+            "list-users",
+            "new-token",
+            "remove-token",
+            "add-host",
+            "remove-host",
+            "list-hosts",
+        )
+    ),
     *(
         ("terminal", name)
         for name in (
@@ -63,7 +82,7 @@ COMMANDS = [
         )
     ),
     *(("vendor", name) for name in ("init", "manufacture", "revoke", "refresh-list", "raise-generation")),
-    *((name,) for name in ("login", "logout", "chips", "completion")),
+    *((name,) for name in ("up", "login", "logout", "chips", "completion")),
     *(
         ("vm", name)
         for name in (
@@ -164,6 +183,32 @@ def test_every_command_is_in_the_list_that_these_tests_go_through() -> None:
     found |= {(command.__name__,) for command in cli.COMMANDS}
 
     assert found == set(COMMANDS)
+
+
+# Completion
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["vm", "hib"], {"hibernate"}),
+        (["vm", "shutdown", "--st"], {"--stay"}),
+        (["ch"], {"chips"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
+    ],
+    ids=" ".join,
+)
+def test_bash_completes_commands_options_and_choices(words: list[str], expected: set[str]) -> None:
+    typed = " ".join(f"'{word}'" for word in ("spvtpm", *words))
+    program = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _spvtpm; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    script = done("completion", "bash") + program
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert expected <= set(result.stdout.split()), result.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_completion_too(shell: str) -> None:
+    assert "hibernate" in done("completion", shell)
 
 
 # JSON

@@ -96,7 +96,7 @@ def matching(sources: Path, pattern: str) -> set[str]:
 
 
 def test_every_module_and_data_file_of_the_sources_is_in_the_wheel(sources: Path, files: set[str]) -> None:
-    for pattern in ("*.py", "*.pyi", "*.toml", "py.typed"):
+    for pattern in ("*.py", "*.pyi", "*.toml", "py.typed", "*.html", "*.css", "*.js", "*.svg"):
         wanted = matching(sources, pattern)
         assert wanted, pattern
         assert wanted <= files, wanted - files

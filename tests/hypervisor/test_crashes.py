@@ -252,7 +252,7 @@ def test_a_stop_is_gone_on_with_wherever_the_agent_dies(mortal: MortalAgent, ste
 
 @pytest.mark.parametrize("seed", range(3))
 def test_vms_run_in_the_end_whoever_was_killed_meanwhile(agent: RunningAgent, seed: int) -> None:
-    chance = random.Random(seed)  # noqa: S311  # to be repeated, not to be secret
+    chance = random.Random(seed)  # noqa: S311  # to be repeated
     vms = [agent.new_vm() for _ in range(3)]
     sequences = {vm_id: agent.next_sequence() for vm_id in vms}
 

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -58,9 +59,14 @@ class PlatformDouble:
     Args:
         sps: its hosts' secure processors.
         hook: what becomes of relayed frames.
+        socket_path: of the unix socket on which it listens; None: a loopback port.
+        tls: file with its key and certificate; None: no TLS.
     """
 
-    def __init__(self, sps: list[RunningSp], hook: Hook = honest) -> None:
+    def __init__(
+        self, sps: list[RunningSp], hook: Hook = honest, socket_path: Path | None = None, tls: Path | None = None
+    ) -> None:
+        self._tls = tls
         self.sps = {self._chip_id(sp): sp for sp in sps}
         self.hook = hook
         self.vms: dict[uuid.UUID, Vm] = {}
@@ -70,11 +76,18 @@ class PlatformDouble:
         self.consoles: dict[uuid.UUID, Callable[[WebSocket], object]] = {}
         self.keys: dict[str, uuid.UUID] = {}
         self._news = threading.Condition()
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
+        self.answers_to_lose = 0
+        self.tells_of_operations = True
+        self._listener = socket.socket(socket.AF_INET if socket_path is None else socket.AF_UNIX)
+        self._listener.bind(("127.0.0.1", 0) if socket_path is None else str(socket_path))
         self._listener.listen(64)
         config = uvicorn.Config(
-            self._app(), ws="websockets-sansio", lifespan="off", log_config=None, timeout_graceful_shutdown=1
+            self._app(),
+            ws="websockets-sansio",
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+            ssl_certfile=tls,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
@@ -83,7 +96,10 @@ class PlatformDouble:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        name = self._listener.getsockname()
+        if isinstance(name, str):
+            return f"unix:{name}"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{name[1]}"
 
     def __enter__(self) -> Self:
         return self
@@ -179,6 +195,9 @@ class PlatformDouble:
                 except SpvtpmError as error:
                     problem = problem_of(error)
                     return Response(msgspec.json.encode(problem), problem.status, media_type=PROBLEM_TYPE)
+                if self.answers_to_lose:
+                    self.answers_to_lose -= 1
+                    return Response("bad gateway", 502)
                 if isinstance(result, Response):
                     return result
                 return Response(msgspec.json.encode(result), status, media_type="application/json")
@@ -214,7 +233,7 @@ class PlatformDouble:
                 software="0",
                 vms=0,
                 max_vms=9,
-                papers=Papers((b"", b"", b"", b"")),
+                papers=Papers((b"1", b"2", b"3", b"4")),
             )
             for chip in self.sps
         ]
@@ -317,6 +336,8 @@ class PlatformDouble:
 
     def _follow(self, request: Request, _body: bytes) -> Response:
         operation_id = self._operation(request).operation_id
+        if not self.tells_of_operations:
+            return Response("not here", 404)
 
         def ended() -> Operation:
             with self._news:
@@ -394,7 +415,7 @@ class PlatformDouble:
                 ):
                     await way
             writer.close()
-            with suppress(RuntimeError, OSError):
+            with suppress(RuntimeError, OSError, WebSocketDisconnect):
                 await websocket.close()
 
     def _through(self, side: Side, number: int, frame: bytes) -> list[bytes]:

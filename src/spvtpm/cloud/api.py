@@ -17,6 +17,7 @@ from starlette.routing import Route as HttpRoute
 
 from spvtpm.cloud import auth, host_addresses, queries
 from spvtpm.cloud.answers import json_answer, problem_answer
+from spvtpm.cloud.console import build_console
 from spvtpm.cloud.migrations import verify_migrated
 from spvtpm.cloud.openapi import describe
 from spvtpm.cloud.relay import Target, serve_relay
@@ -58,7 +59,7 @@ def build_app(platform: Platform) -> ASGIApp:
         HttpRoute(path, _endpoint(platform, methods), methods=list(methods)) for path, methods in by_path.items()
     ]
     app = Starlette(
-        routes=[*routes, *_streaming_routes(platform), *_open_routes(platform)],
+        routes=[*routes, *_streaming_routes(platform), *_open_routes(platform), *build_console(platform)],
         exception_handlers={SpvtpmError: _refused, HTTPException: _not_routed, ClientDisconnect: _left},
     )
     app.router.redirect_slashes = False

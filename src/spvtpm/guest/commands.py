@@ -18,6 +18,8 @@ NOT_EXECUTABLE: Final = 126
 """Exit codes of a command that cannot be run. Source: POSIX.1-2008, Shell Command Language, section 2.8.2."""
 
 _END_S: Final = 2.0
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Source: Debian, login.defs, ENV_SUPATH."""
 
 
 class Commands:
@@ -31,7 +33,7 @@ class Commands:
     def __init__(self, memory: Path, tcti: str) -> None:
         self._memory = memory
         self._environment = {
-            "PATH": os.environ.get("PATH", os.defpath),
+            "PATH": _PATH,
             "HOME": str(memory),
             "LANG": "C.UTF-8",
             **({"TPM2TOOLS_TCTI": tcti} if tcti else {}),

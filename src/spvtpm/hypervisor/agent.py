@@ -30,7 +30,7 @@ import uvicorn
 from spvtpm.files import create_file
 from spvtpm.hypervisor.conductor import Conductor
 from spvtpm.hypervisor.config import AgentConfig, load_config, read_token, write_config
-from spvtpm.hypervisor.emulated_vm import EmulatedVms
+from spvtpm.hypervisor.emulated_vms import EmulatedVms
 from spvtpm.hypervisor.records import Records
 from spvtpm.hypervisor.secure_processor import SecureProcessor
 from spvtpm.hypervisor.service import Service

@@ -26,7 +26,7 @@ import msgspec
 
 from spvtpm.files import read_file, replace_file, sync_directory
 from spvtpm.hypervisor.frames import ask, connected
-from spvtpm.hypervisor.machine_process import MachineProcess, find_sessions
+from spvtpm.hypervisor.machine_process import MachineProcess
 from spvtpm.hypervisor.virtual_machine import Boot, MachineState
 from spvtpm.hypervisor.vm_users import VmUsers
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
@@ -358,43 +358,6 @@ class EmulatedVm:
             return ""
         lines = words.decode(errors="replace").strip().splitlines()
         return f" ({printable(lines[-1])[:512]})" if lines else ""
-
-
-class EmulatedVms:
-    """All emulated VMs of a host. A `MachineDriver`.
-
-    Args:
-        directory: of the VMs, absolute.
-        users: whose processes machines are.
-
-    Raises:
-        StorageError: the directory cannot be used.
-    """
-
-    def __init__(self, directory: Path, users: VmUsers) -> None:
-        self._directory = directory
-        self._users = users
-        self._left = find_sessions("machine")
-        try:
-            directory.mkdir(mode=0o711, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot make {directory}: {error.strerror}") from None
-
-    def machine(self, vm_id: uuid.UUID, on_end: Callable[[], None]) -> EmulatedVm:
-        """The machine of a VM; nothing runs yet."""
-        directory = self._directory / str(vm_id)
-        left = self._left.pop(str(directory / "machine"), None)
-        return EmulatedVm(vm_id, directory, self._users, on_end, left)
-
-    def known(self) -> set[uuid.UUID]:
-        """The VMs of which the host has anything."""
-        found = set()
-        for path in self._directory.iterdir():
-            try:
-                found.add(uuid.UUID(path.name))
-            except ValueError:
-                log.warning("%s is no VM's", path)
-        return found
 
 
 def _clear_directory(directory: Path) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Final
 
 import msgspec
 
 from spvtpm.terminal.platform import Platform
 from spvtpm.wire.decoding import UNDECODABLE, printable
-from spvtpm.wire.errors import MessageError, error_from_code
+from spvtpm.wire.errors import MessageError, SpvtpmError, error_from_code
 from spvtpm.wire.platform_api import Operation
 from spvtpm.wire.platform_errors import Unavailable
 
@@ -63,20 +64,22 @@ def wait_for_end(
     ends, heard = time.monotonic() + limit_s, time.monotonic()
     tell(operation)
     while not has_ended(operation):
-        try:
+        with suppress(SpvtpmError):  # whatever it is, the answer to a question will say so
             for told in _follow(platform, operation, ends):
                 operation, heard = told, time.monotonic()
                 tell(operation)
-            if not has_ended(operation):
-                operation, heard = platform.operation(operation.operation_id), time.monotonic()
-                tell(operation)
+        if has_ended(operation):
+            break
+        try:
+            operation, heard = _same(operation, platform.operation(operation.operation_id)), time.monotonic()
+            tell(operation)
         except Unavailable:
             if time.monotonic() - heard > AWAY_S:
                 raise
+        if time.monotonic() > ends:
+            what = f"{operation.kind} of {operation.vm_name}"
+            raise Unavailable(f"{what} has not ended yet; it goes on, and the same command waits for it")
         if not has_ended(operation):
-            if time.monotonic() > ends:
-                what = f"{operation.kind} of {operation.vm_name}"
-                raise Unavailable(f"{what} has not ended yet; it goes on, and the same command waits for it")
             time.sleep(_POLL_S)
     return operation
 
@@ -88,18 +91,21 @@ def has_ended(operation: Operation) -> bool:
 
 def _follow(platform: Platform, operation: Operation, ends: float) -> Iterator[Operation]:
     """What is told of an operation, for as long as it is told."""
-    subject = (operation.operation_id, operation.vm_id, operation.kind)
     with platform.stream(f"/v1/operations/{operation.operation_id}/events") as pieces:
         for data in _events(pieces, ends):
             try:
                 told = msgspec.json.decode(data, type=Operation)
             except UNDECODABLE:
                 raise MessageError("what the platform tells of an operation could not be understood") from None
-            if (told.operation_id, told.vm_id, told.kind) != subject:
-                raise MessageError("the platform tells of another operation than was asked for")
-            yield told
+            yield _same(operation, told)
             if has_ended(told):
                 return
+
+
+def _same(operation: Operation, told: Operation) -> Operation:
+    if (told.operation_id, told.vm_id, told.kind) != (operation.operation_id, operation.vm_id, operation.kind):
+        raise MessageError("the platform tells of another operation than was asked for")
+    return told
 
 
 def _events(pieces: Iterator[bytes], ends: float) -> Iterator[bytes]:

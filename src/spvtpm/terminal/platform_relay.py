@@ -18,9 +18,9 @@ from websockets.sync.client import ClientConnection, connect
 from spvtpm.terminal.platform import Platform
 from spvtpm.terminal.relay import OpenRelay, Relay
 from spvtpm.wire.decoding import printable
-from spvtpm.wire.errors import ChannelError, FrameError, SpvtpmError
+from spvtpm.wire.errors import ChannelError, FrameError, SpvtpmError, TooMany
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
-from spvtpm.wire.platform_errors import PlatformUntrusted
+from spvtpm.wire.platform_errors import NoSuchToken, PlatformUntrusted, ScopeMissing, Unavailable
 from spvtpm.wire.problems import error_of
 
 _CLOSE_S: Final = 2.0
@@ -96,7 +96,7 @@ class PlatformRelay:
             )
         except InvalidStatus as refusal:
             response = refusal.response
-            raise error_of(bytes(response.body or b""), response.status_code) from None
+            raise _refused(error_of(bytes(response.body or b""), response.status_code)) from None
         except (OSError, ValueError, EOFError, WebSocketException) as error:
             connection.close()
             raise _error(platform, error) from None
@@ -118,6 +118,13 @@ def to_console(platform: Platform, vm_id: uuid.UUID) -> OpenRelay:
         return PlatformRelay(platform, f"/v1/vms/{vm_id}/console", timeout_s)
 
     return open_relay
+
+
+def _refused(error: SpvtpmError) -> SpvtpmError:
+    """What the platform says on the way may not sound like the secure processor's word: that there is no such VM, for one."""
+    if isinstance(error, (NoSuchToken, ScopeMissing, Unavailable, TooMany)):
+        return error
+    return ChannelError(f"the platform opens no channel: {error}")
 
 
 def _error(platform: Platform, error: Exception) -> SpvtpmError:
