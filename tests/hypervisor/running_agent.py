@@ -14,7 +14,7 @@ import httpx
 import msgspec
 from websockets.sync.client import ClientConnection, unix_connect
 
-from spvtpm.hypervisor.machine_process import find_sessions
+from spvtpm.hypervisor.machine_process import find_machines
 from spvtpm.terminal.console import run_command
 from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire.agent_api import HostReport, Order, VmReport, VmReports, WantedState
@@ -140,7 +140,7 @@ class RunningAgent(Daemon):
 
     def machine_pid(self, vm_id: uuid.UUID) -> int | None:
         """Process of the VM's machine."""
-        return find_sessions("machine").get(str(self.machine_directory(vm_id)))
+        return find_machines("machine").get(self.machine_directory(vm_id))
 
     def run_in_vm(self, vm_id: uuid.UUID, *arguments: str) -> str:
         """A command in the VM that must succeed; what it printed."""
@@ -176,8 +176,7 @@ class RunningAgent(Daemon):
 
     def machines(self) -> Sequence[int]:
         """Processes of all machines of this agent."""
-        below = str(self.directory)
-        return [pid for directory, pid in find_sessions("machine").items() if directory.startswith(below)]
+        return [pid for place, pid in find_machines("machine").items() if place.is_relative_to(self.directory)]
 
 
 def wait_for_end(pid: int) -> None:

@@ -87,7 +87,7 @@ class Slots:
                 del self._taken[key]
 
 
-async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float) -> None:
+async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float, pid: int | None = None) -> None:
     """Carries frames until one side ends, falls silent, or does what it must not.
 
     Args:
@@ -95,12 +95,13 @@ async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float) -> N
         path: of the unix socket.
         name: of who should be there, for sentences.
         idle_s: how long both sides may be silent.
+        pid: process id of who must be there; None: whoever listens.
 
     Raises:
         NotRunning: nobody listens there. The WebSocket is not accepted.
         PermissionRefused: this user may not connect. The WebSocket is not accepted.
     """
-    async with connected(path, name, MAX_CHANNEL_FRAME_BYTES) as stream:
+    async with connected(path, name, MAX_CHANNEL_FRAME_BYTES, pid) as stream:
         await websocket.accept()
         ended = await _Relay(websocket, stream, idle_s).run()
     log.info("a relay to the %s has ended: %s", name, ended.reason)

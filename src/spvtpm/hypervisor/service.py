@@ -115,7 +115,8 @@ class Service:
     async def _console(self, websocket: WebSocket) -> None:
         vm_id = websocket.path_params["vm_id"]
         with self._consoles.taken(vm_id):
-            await relay(websocket, self._conductor.console(vm_id), "VM", CONSOLE_IDLE_S)
+            console = self._conductor.console(vm_id)
+            await relay(websocket, console.path, "VM", CONSOLE_IDLE_S, console.pid)
 
 
 class _TokenGate:
