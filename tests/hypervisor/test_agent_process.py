@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import httpx
+import msgspec
 import pytest
 
 from spvtpm.hypervisor.agent import HostAgent, address_of, initialise
 from spvtpm.hypervisor.config import AgentConfig
+from spvtpm.wire import agent_api, machine_control
 from spvtpm.wire.errors import AlreadyExists, ConfigError, StateInUse, StorageError
 from tests.cloud_stack import Daemon, spvtpm
 from tests.harness import RunningSp
 from tests.hypervisor.running_agent import RunningAgent
+
+_DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_over_tcp_with_tls_it_is_reached_by_its_name_and_token(sp: RunningSp) -> None:
@@ -116,3 +122,27 @@ def test_a_token_that_others_can_read_is_refused(state_directory: Path) -> None:
 def test_a_directory_with_a_long_path_is_refused(state_directory: Path) -> None:
     with pytest.raises(ConfigError, match="no room for sockets"):
         initialise(state_directory / ("x" * 60), AgentConfig(sp="/sp"))
+
+
+def test_every_configuration_key_is_explained_with_its_default() -> None:
+    page = (_DOCS / "how-to" / "run-a-host-agent.md").read_text()
+    for field in msgspec.structs.fields(AgentConfig):
+        row = re.search(rf"(?m)^\| `{field.name}` \| ([^|]+) \|", page)
+        assert row, field.name
+        has_default = field.default not in (msgspec.NODEFAULT, "") and field.default_factory is msgspec.NODEFAULT
+        assert row[1] == (str(field.default) if has_default else "–"), field.name
+
+
+@pytest.mark.parametrize(
+    ("page", "messages"),
+    [
+        ("agent-api.md", [agent_api.Order, agent_api.HostReport, agent_api.VmReport, agent_api.VmReports]),
+        ("machine-control.md", [*get_args(machine_control.ControlRequest), machine_control.MachineState]),
+    ],
+)
+def test_every_message_is_specified(page: str, messages: list[type[msgspec.Struct]]) -> None:
+    text = (_DOCS / "formats" / page).read_text()
+    for message in messages:
+        assert message.__name__ in text
+        for field in msgspec.structs.fields(message):
+            assert f"`{field.name}`" in text, f"{message.__name__}.{field.name}"
