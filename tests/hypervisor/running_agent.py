@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import httpx
 import msgspec
 from websockets.sync.client import ClientConnection, unix_connect
 
-from spvtpm.hypervisor.machine_process import find_sessions
+from spvtpm.hypervisor.machine_process import find_machines
 from spvtpm.terminal.console import run_command
 from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire.agent_api import HostReport, Order, VmReport, VmReports, WantedState
@@ -139,7 +140,7 @@ class RunningAgent(Daemon):
 
     def machine_pid(self, vm_id: uuid.UUID) -> int | None:
         """Process of the VM's machine."""
-        return find_sessions("machine").get(str(self.machine_directory(vm_id)))
+        return find_machines("machine").get(self.machine_directory(vm_id))
 
     def run_in_vm(self, vm_id: uuid.UUID, *arguments: str) -> str:
         """A command in the VM that must succeed; what it printed."""
@@ -151,14 +152,16 @@ class RunningAgent(Daemon):
         return text
 
     def websocket(self, path: str, token: str | None = None, **options: Any) -> ClientConnection:
-        """A WebSocket to the agent."""
-        return unix_connect(
+        """A WebSocket to the agent, to be entered."""
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        connection: ClientConnection = unix_connect(
             str(self.directory / "agent.sock"),
             f"ws://agent{path}",
-            additional_headers={"Authorization": f"Bearer {token or self.token}"},
+            additional_headers=headers,
             compression=None,
             **options,
         )
+        return connection
 
     def __enter__(self) -> Self:
         return self
@@ -173,14 +176,11 @@ class RunningAgent(Daemon):
 
     def machines(self) -> Sequence[int]:
         """Processes of all machines of this agent."""
-        below = str(self.directory)
-        return [pid for directory, pid in find_sessions("machine").items() if directory.startswith(below)]
+        return [pid for place, pid in find_machines("machine").items() if place.is_relative_to(self.directory)]
 
 
 def wait_for_end(pid: int) -> None:
     """Until a process has ended."""
-    import os
-
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

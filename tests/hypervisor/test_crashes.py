@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
+from spvtpm.hypervisor.keeper import MAX_FALLS
 from spvtpm.hypervisor.steps import Step
 from spvtpm.wire.agent_api import VmReport, WantedState
 from spvtpm.wire.errors import NotRunning
@@ -39,12 +40,24 @@ main()
 """
 
 
+_HURRIES = """
+from spvtpm.hypervisor import keeper
+
+keeper._FIRST_PAUSE_S = 0.01
+from spvtpm.cli import main
+main()
+"""
+
+
 class MortalAgent(RunningAgent):
     """An agent that can be told at which step to die."""
 
     def start_to_die(self, step: Step, when: str) -> None:
         """Starts one that dies by SIGKILL right before or after the first such step."""
-        program = _DIES_AT.format(when=repr((step.name, when)))
+        self.start_program(_DIES_AT.format(when=repr((step.name, when))))
+
+    def start_program(self, program: str) -> None:
+        """Starts it changed."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", program, "agent", "run", str(self.directory)], stdout=subprocess.PIPE, stderr=log
@@ -113,6 +126,25 @@ def test_a_machine_that_dies_while_there_is_no_agent_is_booted_again(agent: Runn
     agent.start()
 
     agent.wait_running(vm_id, boots=2)
+
+
+def test_a_vm_that_falls_again_and_again_is_given_up_until_the_next_order(mortal: MortalAgent) -> None:
+    vm_id = mortal.running_vm()
+    mortal.kill()
+    mortal.start_program(_HURRIES)
+    falls = 0
+
+    while not mortal.report(vm_id).failure:
+        pid = mortal.machine_pid(vm_id)
+        if pid is not None and mortal.report(vm_id).machine == "running":
+            os.kill(pid, signal.SIGKILL)
+            wait_for_end(pid)
+            falls += 1
+    report = mortal.report(vm_id)
+
+    assert falls == MAX_FALLS + 1
+    assert "times in a row" in report.failure and report.machine == "none"
+    assert mortal.order(vm_id, "running").machine == "running"
 
 
 def test_a_vm_is_booted_again_when_its_secure_processor_is_back(agent: RunningAgent) -> None:

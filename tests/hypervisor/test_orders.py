@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from spvtpm.wire.errors import NotFound, WrongState
+from spvtpm.wire.errors import NotFound, TooMany, WrongState
 from spvtpm.wire.owner_messages import DestroyVm, Done
 from spvtpm.wire.platform_errors import Superseded
 from tests.hypervisor.running_agent import RunningAgent
@@ -178,8 +178,6 @@ def test_a_host_takes_so_many_vms(agent: RunningAgent) -> None:
     config.write_text(config.read_text() + "max_vms = 1\n")
     agent.start()
     agent.new_vm()
-
-    from spvtpm.wire.errors import TooMany
 
     with pytest.raises(TooMany):
         agent.order(uuid.uuid4(), "defined")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvtpm.demo.story import Story
-from spvtpm.hypervisor.machine_process import find_sessions
+from spvtpm.hypervisor.machine_process import find_machines
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
 from spvtpm.vendor.authority import init_vendor
@@ -171,7 +171,7 @@ class SecureProcessorHost:
 
     def machine_pid(self, vm_id: uuid.UUID) -> int | None:
         """Process id of a VM's machine."""
-        return find_sessions("machine").get(str(self.agent_state / "vms" / str(vm_id) / "machine"))
+        return find_machines("machine").get(self.agent_state / "vms" / str(vm_id) / "machine")
 
     @property
     def pid(self) -> int:
@@ -220,9 +220,8 @@ class SecureProcessorHost:
     def lose_power(self) -> None:
         """SIGKILL of all that runs there: what a power cut is to processes."""
         end(self._agent, signal.SIGKILL)
-        machines = str(self.agent_state / "vms")
-        for path, pid in find_sessions("machine").items():
-            if path.startswith(machines):
+        for path, pid in find_machines("machine").items():
+            if path.is_relative_to(self.agent_state):
                 os.kill(pid, signal.SIGKILL)
         self.kill()
 

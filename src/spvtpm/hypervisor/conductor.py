@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from pathlib import Path
 from typing import Final
 
 from spvtpm.hypervisor.keeper import VmKeeper
 from spvtpm.hypervisor.performer import BOOTS_AT_A_TIME, Performer
 from spvtpm.hypervisor.records import MAX_ABSENT, Record, Records
 from spvtpm.hypervisor.secure_processor import SecureProcessor
-from spvtpm.hypervisor.virtual_machine import MachineDriver
+from spvtpm.hypervisor.virtual_machine import Console, MachineDriver
 from spvtpm.wire.agent_api import PAGE_REPORTS, HostReport, Order, VmReport, VmReports
 from spvtpm.wire.errors import NotFound, SpvtpmError, TooMany, WrongState
 from spvtpm.wire.messages import VmInfo
@@ -126,8 +125,8 @@ class Conductor:
             raise WrongState(f"VM {vm_id} is not hibernated, so its image is not the last word")
         return await keeper.performer.machine.read_image()
 
-    def console(self, vm_id: uuid.UUID) -> Path:
-        """The socket of a VM's console.
+    def console(self, vm_id: uuid.UUID) -> Console:
+        """A VM's console.
 
         Raises:
             NotFound: no such VM.

@@ -27,7 +27,7 @@ import msgspec
 from spvtpm.files import read_file, replace_file, sync_directory
 from spvtpm.hypervisor.frames import ask, connected
 from spvtpm.hypervisor.machine_process import MachineProcess
-from spvtpm.hypervisor.virtual_machine import Boot, MachineState
+from spvtpm.hypervisor.virtual_machine import Boot, Console, MachineState
 from spvtpm.hypervisor.vm_users import VmUsers
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
 from spvtpm.wire.decoding import UNDECODABLE, printable
@@ -92,6 +92,7 @@ class EmulatedVm:
         self._process: MachineProcess | None = None
         self._state: MachineState = "none"
         self._boots = 0
+        self._has_remains = False
 
     @property
     def state(self) -> MachineState:
@@ -218,6 +219,11 @@ class EmulatedVm:
             await process.kill()
         await self._clear()
 
+    async def tidy(self) -> None:
+        """Clears away what it had in memory, if it has ended unasked."""
+        if self._has_remains:
+            await self._clear()
+
     async def suspend(self) -> None:
         """Lets nothing run in it any more, and makes its memory durable as its image.
 
@@ -273,15 +279,15 @@ class EmulatedVm:
         if self._directory.exists():
             raise StorageError(f"cannot remove {self._directory}")
 
-    def console(self) -> Path:
-        """The unix socket of its console.
+    def console(self) -> Console:
+        """Its console.
 
         Raises:
             WrongState: it does not run.
         """
-        if self._state != "running":
+        if self._state != "running" or self._process is None:
             raise WrongState(f"VM {self._vm_id} does not run, so there is nobody at its console")
-        return self._own / "console.sock"
+        return Console(self._own / "console.sock", self._process.pid)
 
     def _make_room(self) -> None:
         self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -292,6 +298,7 @@ class EmulatedVm:
 
     async def _clear(self) -> None:
         """Removes what a machine that is gone has left behind: sockets, and memory in clear. Its image stays."""
+        self._has_remains = False
         if self._own.is_dir():
             await asyncio.to_thread(_clear_directory, self._own)
 
@@ -325,13 +332,13 @@ class EmulatedVm:
         process = self._process
         if process is not None and process.ended.is_set():
             log.warning("VM %s: its machine, process %d, has ended%s", self._vm_id, process.pid, self._last_words())
-            self._process, self._state = None, "none"
+            self._process, self._state, self._has_remains = None, "none", True
             self._on_end()
 
     async def _ask(self, request: ControlRequest, timeout_s: float) -> MachineIs:
         path = self._own / "control.sock"
         try:
-            answer = await ask(path, "machine", encode_control(request), MAX_CONTROL_BYTES, timeout_s)
+            answer = await ask(path, "machine", encode_control(request), MAX_CONTROL_BYTES, timeout_s, self.pid)
         except NotRunning as error:  # which would be said of the secure processor
             raise MachineFailed(str(error)) from None
         reply = parse_control_reply(answer)

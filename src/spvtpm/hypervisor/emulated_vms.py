@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spvtpm.hypervisor.emulated_vm import EmulatedVm
-from spvtpm.hypervisor.machine_process import find_sessions
+from spvtpm.hypervisor.machine_process import find_machines
 from spvtpm.hypervisor.vm_users import VmUsers
 from spvtpm.wire.errors import StorageError
 
@@ -29,7 +29,7 @@ class EmulatedVms:
     def __init__(self, directory: Path, users: VmUsers) -> None:
         self._directory = directory
         self._users = users
-        self._left = find_sessions("machine")
+        self._left = find_machines("machine")
         try:
             directory.mkdir(mode=0o711, exist_ok=True)
         except OSError as error:
@@ -38,7 +38,7 @@ class EmulatedVms:
     def machine(self, vm_id: uuid.UUID, on_end: Callable[[], None]) -> EmulatedVm:
         """The machine of a VM; nothing runs yet."""
         directory = self._directory / str(vm_id)
-        left = self._left.pop(str(directory / "machine"), None)
+        left = self._left.pop(directory / "machine", None)
         return EmulatedVm(vm_id, directory, self._users, on_end, left)
 
     def known(self) -> set[uuid.UUID]:

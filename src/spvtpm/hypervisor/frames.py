@@ -69,16 +69,17 @@ class FrameStream:
 
 
 @asynccontextmanager
-async def connected(path: Path, name: str, max_frame_bytes: int) -> AsyncIterator[FrameStream]:
+async def connected(path: Path, name: str, max_frame_bytes: int, pid: int | None = None) -> AsyncIterator[FrameStream]:
     """A connection to whoever listens at `path`.
 
     Args:
         path: of the socket.
         name: of who should be there, for sentences.
         max_frame_bytes: the longest frame that it may send.
+        pid: its process id, where a link might lead to somebody else; None: whoever listens there.
 
     Raises:
-        NotRunning: nobody listens there.
+        NotRunning: nobody listens there, or somebody else.
         PermissionRefused: this user may not connect.
     """
     try:
@@ -88,12 +89,17 @@ async def connected(path: Path, name: str, max_frame_bytes: int) -> AsyncIterato
     except OSError as error:
         raise NotRunning(f"no {name} answers at {path}: {error.strerror or error}") from None
     try:
-        yield FrameStream(reader, writer, max_frame_bytes)
+        stream = FrameStream(reader, writer, max_frame_bytes)
+        if pid is not None and stream.peer_pid != pid:
+            raise NotRunning(f"at {path} is not the {name}, but another process")
+        yield stream
     finally:
         writer.transport.abort()
 
 
-async def ask(path: Path, name: str, request: bytes, max_frame_bytes: int, timeout_s: float) -> bytes:
+async def ask(
+    path: Path, name: str, request: bytes, max_frame_bytes: int, timeout_s: float, pid: int | None = None
+) -> bytes:
     """One request on a connection of its own, and its answer.
 
     Args:
@@ -102,6 +108,7 @@ async def ask(path: Path, name: str, request: bytes, max_frame_bytes: int, timeo
         request: a frame.
         max_frame_bytes: the longest answer.
         timeout_s: how long it may take.
+        pid: as of `connected`.
 
     Raises:
         NotRunning: nobody is there, or not any more: what was asked may have been done or not.
@@ -110,7 +117,7 @@ async def ask(path: Path, name: str, request: bytes, max_frame_bytes: int, timeo
         FrameError: what it sends is no frame.
     """
     try:
-        async with asyncio.timeout(timeout_s), connected(path, name, max_frame_bytes) as stream:
+        async with asyncio.timeout(timeout_s), connected(path, name, max_frame_bytes, pid) as stream:
             await stream.send(request)
             answer = await stream.receive()
     except TimeoutError:

@@ -220,10 +220,10 @@ class VmKeeper:
         while not self._closing:
             await self._woken.wait()
             self._woken.clear()
-            if self._has_given_up or self._closing or time.monotonic() < self._not_before:
-                continue
             async with self._acting:
-                await self._act()
+                await self._performer.machine.tidy()
+                if not (self._has_given_up or self._closing or time.monotonic() < self._not_before):
+                    await self._act()
 
     async def _act(self) -> None:
         """Steps until the VM is as ordered, or the agent gives up, or it has to wait for something."""

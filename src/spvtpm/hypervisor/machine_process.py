@@ -31,8 +31,10 @@ class MachineProcess:
     def _has_ended(self) -> None:
         asyncio.get_running_loop().remove_reader(self._descriptor)
         os.close(self._descriptor)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # what it has started
+        for pid in _processes():  # before it is buried: until then, nobody else has its number
+            with suppress(ProcessLookupError, PermissionError):
+                if os.getsid(pid) == self.pid:
+                    os.kill(pid, signal.SIGKILL)
         with suppress(ChildProcessError):  # one that an earlier agent started is not ours to bury
             os.waitpid(self.pid, os.WNOHANG)
         self.ended.set()
@@ -53,19 +55,28 @@ class MachineProcess:
         await self.ended.wait()
 
 
-def find_sessions(command: str) -> dict[str, int]:
-    """Processes that lead a session and have `command` as a word of their command line: their ids by the word behind it.
+def find_machines(command: str) -> dict[Path, int]:
+    """Processes that lead a session and were told `command` and a directory of their user's: their ids by that directory.
 
     Source: proc(5), /proc/pid/cmdline.
     """
-    found: dict[str, int] = {}
-    for directory in Path("/proc").iterdir():
-        if not directory.name.isdecimal():
-            continue
+    found: dict[Path, int] = {}
+    for pid in _processes():
         with suppress(OSError, ValueError):
-            pid = int(directory.name)
-            words = (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            argument = words[words.index(command) + 1]
-            if os.getsid(pid) == pid:
-                found[argument] = pid
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+            directory = Path(words[words.index(command) + 1])
+            if directory.is_absolute() and directory.stat().st_uid == _uid(pid) and os.getsid(pid) == pid:
+                found[directory] = pid
     return found
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208  # names alone
+
+
+def _uid(pid: int) -> int:
+    """The real user id. Source: proc(5), /proc/pid/status; the owner of /proc/pid is another's if it cannot be dumped."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("Uid:"):
+            return int(line.split()[1])
+    raise ValueError

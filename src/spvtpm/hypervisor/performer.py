@@ -66,6 +66,7 @@ class Performer:
             NotRunning: the secure processor is away.
             SpvtpmError: the VM cannot become as it was ordered to be.
         """
+        await self._machine.tidy()
         self._block = await self._sp.vm(self._vm_id)
         return self.next_step(record, self._block)
 

@@ -29,10 +29,13 @@ from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_RELAYS: Final = 64
-"""Of one kind, at a time: to the secure processor, and to VMs."""
+MAX_CHANNELS: Final = 56
+"""Relays to the secure processor at a time. It takes 64: the agent itself knocks, too, and the host's administrator may."""
 
-MAX_RELAYS_OF_ONE_VM: Final = 8
+MAX_CONSOLES: Final = 64
+"""Relays to VMs at a time."""
+
+MAX_CONSOLES_OF_ONE_VM: Final = 8
 
 CHANNEL_IDLE_S: Final = 330.0
 """Longer than the secure processor bears silence."""
@@ -84,7 +87,7 @@ class Slots:
                 del self._taken[key]
 
 
-async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float) -> None:
+async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float, pid: int | None = None) -> None:
     """Carries frames until one side ends, falls silent, or does what it must not.
 
     Args:
@@ -92,12 +95,13 @@ async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float) -> N
         path: of the unix socket.
         name: of who should be there, for sentences.
         idle_s: how long both sides may be silent.
+        pid: process id of who must be there; None: whoever listens.
 
     Raises:
         NotRunning: nobody listens there. The WebSocket is not accepted.
         PermissionRefused: this user may not connect. The WebSocket is not accepted.
     """
-    async with connected(path, name, MAX_CHANNEL_FRAME_BYTES) as stream:
+    async with connected(path, name, MAX_CHANNEL_FRAME_BYTES, pid) as stream:
         await websocket.accept()
         ended = await _Relay(websocket, stream, idle_s).run()
     log.info("a relay to the %s has ended: %s", name, ended.reason)

@@ -21,8 +21,9 @@ from spvtpm.hypervisor.conductor import Conductor
 from spvtpm.hypervisor.relay import (
     CHANNEL_IDLE_S,
     CONSOLE_IDLE_S,
-    MAX_RELAYS,
-    MAX_RELAYS_OF_ONE_VM,
+    MAX_CHANNELS,
+    MAX_CONSOLES,
+    MAX_CONSOLES_OF_ONE_VM,
     Slots,
     relay,
 )
@@ -53,8 +54,8 @@ class Service:
         self._conductor = conductor
         self._sp = sp
         self._token = token
-        self._channels = Slots(MAX_RELAYS, MAX_RELAYS)
-        self._consoles = Slots(MAX_RELAYS, MAX_RELAYS_OF_ONE_VM)
+        self._channels = Slots(MAX_CHANNELS, MAX_CHANNELS)
+        self._consoles = Slots(MAX_CONSOLES, MAX_CONSOLES_OF_ONE_VM)
 
     def app(self) -> ASGIApp:
         """The application, for a server."""
@@ -114,7 +115,8 @@ class Service:
     async def _console(self, websocket: WebSocket) -> None:
         vm_id = websocket.path_params["vm_id"]
         with self._consoles.taken(vm_id):
-            await relay(websocket, self._conductor.console(vm_id), "VM", CONSOLE_IDLE_S)
+            console = self._conductor.console(vm_id)
+            await relay(websocket, console.path, "VM", CONSOLE_IDLE_S, console.pid)
 
 
 class _TokenGate:

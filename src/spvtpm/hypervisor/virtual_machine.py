@@ -32,6 +32,19 @@ class Boot:
     resumes: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Console:
+    """Where a VM's owner's console goes in.
+
+    Attributes:
+        path: of the unix socket.
+        pid: process id of who listens there, and nobody else.
+    """
+
+    path: Path
+    pid: int
+
+
 class VirtualMachine(Protocol):
     """One VM's machine. Calls on it come one after the other.
 
@@ -88,6 +101,9 @@ class VirtualMachine(Protocol):
     async def end(self) -> None:
         """Ends it at once: what it has in memory is of no use any more, or in its image."""
 
+    async def tidy(self) -> None:
+        """Clears away what it had in memory, if it has ended unasked."""
+
     async def suspend(self) -> None:
         """Lets nothing run in it any more, and makes its memory durable as its image.
 
@@ -122,8 +138,8 @@ class VirtualMachine(Protocol):
     async def remove(self) -> None:
         """Removes all that the host has of it. Only while there is no machine."""
 
-    def console(self) -> Path:
-        """The unix socket of its console.
+    def console(self) -> Console:
+        """Its console.
 
         Raises:
             WrongState: it does not run.
