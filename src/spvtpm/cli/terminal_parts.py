@@ -172,8 +172,13 @@ def print_vms(vms: list[MyVm], json: bool) -> None:
         print_json([_vm_as_dict(vm) for vm in vms])
         return
     for vm in vms:
-        vtpm = f"vTPM {vm.vtpm_id}, {vm.residency}, version {vm.version}" if vm.vtpm_id else "no vTPM yet"
-        print(f"{vm.vm_id}  {vm.state}, boot {vm.boots}, {vtpm}{f'  {vm.label}' if vm.label else ''}")
+        print(f"{vm.vm_id}  {describe_vm(vm)}")
+
+
+def describe_vm(vm: MyVm) -> str:
+    """What a secure processor says of a VM, in words."""
+    vtpm = f"vTPM {vm.vtpm_id}, {vm.residency}, version {vm.version}" if vm.vtpm_id else "no vTPM yet"
+    return f"{vm.state}, boot {vm.boots}, {vtpm}{f'  {vm.label}' if vm.label else ''}"
 
 
 def _vm_as_dict(vm: MyVm) -> dict[str, object]:

@@ -14,7 +14,7 @@ import msgspec
 from cyclopts import Parameter
 
 from spvtpm.cli.parts import print_json
-from spvtpm.cli.terminal_parts import as_dict, identity, print_vms
+from spvtpm.cli.terminal_parts import as_dict, describe_vm, identity
 from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import MessageError, UsageError
 
@@ -133,8 +133,7 @@ def print_comparison(found: Comparison, json: bool) -> None:
     place = "no vTPM yet" if line.known is None else f"vTPM {line.known.vtpm_id} {describe(line.known.place)}"
     print(f"  your keyring knows: {place}")
     if found.here is not None:
-        print("  its secure processor says:")
-        print_vms([found.here], json=False)
+        print(f"  its secure processor says: {describe_vm(found.here)}")
     if found.silence is not None:
         print(f"  its secure processor could not be asked: {found.silence}")
     if line.says is not None and line.says.pcrs is not None:

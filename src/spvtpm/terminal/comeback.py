@@ -47,8 +47,9 @@ def begin(site: Site, name: str, how: Beginning) -> MyVm:
     owned = site.keyring.owned(name)
     known = _settled(site, owned)
     if isinstance(known.place, InFile):
-        _check_file(name, _path(known.place), how)
-        chip_id = _bring(site, owned, _path(known.place))
+        path = _path(known.place)
+        _check_file(name, path, how)
+        chip_id = _bring(site, owned, path)
     else:
         chip_id = _where(site, owned, known)
     here = site.desk(chip_id, owned).look(owned.vm_id)
@@ -140,6 +141,7 @@ def _bring(site: Site, owned: OwnedVm, path: Path) -> bytes:
             with suppress(SpvtpmError):
                 release(site, owned)
         raise
+    site.keyring.drop_instance(path)  # it would be refused from now on
     return chip_id
 
 

@@ -44,7 +44,7 @@ def end(site: Site, name: str, how: Ending, *, stay: bool = False) -> MyVm | Exp
     if _has_left(site, owned):
         return leave(site, owned)
     here = _end_at_chip(site, owned, how)
-    return here if stay else leave(site, owned)
+    return here if stay and here is not None else leave(site, owned)
 
 
 def recover(site: Site, name: str, output: Path | None = None) -> Exported:
@@ -97,12 +97,15 @@ def release(site: Site, owned: OwnedVm) -> None:
         site.run(site.platform.command(owned.vm_id, "release"))
 
 
-def _end_at_chip(site: Site, owned: OwnedVm, how: Ending) -> MyVm:
+def _end_at_chip(site: Site, owned: OwnedVm, how: Ending) -> MyVm | None:
+    """Has the run ended; the VM as its chip has it then, or None: it has left it already."""
     chip_id, here = _look(site, owned)
+    if here is None:
+        return None
     wanted, vm = _STATE[how], site.hear(owned)
-    if here is not None and here.state != wanted and here.state in _STATE.values():
+    if here.state != wanted and here.state in _STATE.values():
         raise WrongState(f"{owned.name} is {here.state}: resume or start it first, or bring it home with recover")
-    if here is None or here.state != wanted or vm.state == "running":
+    if here.state != wanted or vm.state == "running":
         site.run(site.platform.command(owned.vm_id, how))
     return site.confirm(owned, chip_id, wanted)
 

@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from spvtpm.terminal.machines import Site, chip_where_it_lives, vtpm_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import Destroyed, InFile
-from spvtpm.wire.errors import StorageError
 
 
 def destroy(site: Site, name: str, *, chip_lost: bool = False) -> None:
@@ -30,7 +29,7 @@ def destroy(site: Site, name: str, *, chip_lost: bool = False) -> None:
     if known is not None and not isinstance(known.place, Destroyed):
         site.keyring.remember(replace(known, place=Destroyed()))
         if isinstance(known.place, InFile) and known.place.path:
-            _remove(Path(known.place.path), site.keyring.instances())
+            site.keyring.drop_instance(Path(known.place.path))
     if site.hear_of(owned) is not None:
         site.run(site.platform.destroy(owned.vm_id))
     site.keyring.drop_vm(owned.vm_id)
@@ -47,12 +46,3 @@ def _destroy_at_chip(site: Site, owned: OwnedVm) -> None:
         desk.destroy(owned.vm_id)
     elif known is not None:
         desk.fate(known.vtpm_id)
-
-
-def _remove(path: Path, directory: Path) -> None:
-    """An instance file of the keyring's own; one that was put elsewhere stays, and opens no more."""
-    if path.parent == directory:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot remove {path}: {error.strerror}") from None

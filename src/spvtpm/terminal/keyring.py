@@ -241,6 +241,18 @@ class Keyring:
             raise KeyringError(f"cannot make {directory}: {error.strerror}") from None
         return directory
 
+    def drop_instance(self, path: Path) -> None:
+        """Removes an instance file that is void now, if it is one of the keyring's own; one that was put elsewhere stays.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        if path.parent == self.instances():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"cannot remove {path}: {error.strerror}") from None
+
     def add_user_secret(self) -> bytes:
         """A new `UserSecret`, 32 bytes, durable before it is given; the older ones stay, for older files.
 
