@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from spvtpm.files import read_file, replace_file
+from spvtpm.processor.config import DEFAULT_TOML
 from spvtpm.processor.daemon import initialise
 from spvtpm.stack.places import USER, Host, Places
 from spvtpm.terminal.keyring import Keyring
@@ -50,18 +51,20 @@ def make_secure_processor(places: Places, host: Host, tell: Tell) -> None:
     chip = places.directory / f"{host.sp.name}.chip"
     if chip.exists() and host.sp.exists():
         shutil.rmtree(host.sp)  # the chip's file goes last: this one was not whole, and has never run
-    if host.sp.exists():
-        return
-    if not chip.exists():
-        manufacture_chip(places.vendor, chip)
-    fuses = initialise(host.sp, chip)
-    tell(f"made the secure processor of {host.name}, with chip {fuses.chip_id.hex()}")
+    if not host.sp.exists():
+        if not chip.exists():
+            manufacture_chip(places.vendor, chip)
+        fuses = initialise(host.sp, chip)
+        tell(f"made the secure processor of {host.name}, with chip {fuses.chip_id.hex()}")
+    configuration = host.sp / "sp.toml"
+    if configuration.read_text() == DEFAULT_TOML:  # or somebody has decided otherwise
+        replace_file(configuration, f"admission_required = true\n{DEFAULT_TOML}".encode())
 
 
 def make_agent(host: Host, tell: Tell) -> None:
     """The host's agent, for VMs on its secure processor."""
     if not (host.agent / "agent.toml").exists():
-        shutil.rmtree(host.agent, ignore_errors=True)
+        (host.agent / "token").unlink(missing_ok=True)  # its configuration goes last: this one has never run
         _administrator("agent", "init", host.agent, "--sp", host.sp)
         tell(f"made the agent of {host.name}")
 
@@ -75,9 +78,9 @@ def make_platform(places: Places, port: int, tell: Tell) -> None:
         tell: told what is made.
     """
     if not (places.cloud / "cloud.toml").exists():
-        shutil.rmtree(places.cloud, ignore_errors=True)
-        _administrator("cloud", "init", places.cloud)
-        tell("made the platform, on SQLite")
+        places.admin_token.unlink(missing_ok=True)
+        _administrator("cloud", "init", places.cloud, "--output", places.admin_token)
+        tell(f"made the platform, on SQLite, with an administrator's token in {places.admin_token}")
     _listen(places.cloud / "cloud.toml", port)
     for host in places.hosts:
         address = f"unix:{host.agent / 'agent.sock'}"
