@@ -134,11 +134,13 @@ class CloudUser:
     """A user, with a keyring and the command line.
 
     Args:
-        keyring: its directory.
+        keyring: its directory; called `spvtpm`, as terminals look for it.
+        token_file: with its token at the platform; None: it has none.
     """
 
-    def __init__(self, keyring: Path) -> None:
+    def __init__(self, keyring: Path, token_file: Path | None = None) -> None:
         self.keyring = keyring
+        self.token_file = token_file
 
     def attempt(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """A command of `spvtpm` with this keyring; whatever comes of it."""
@@ -155,9 +157,10 @@ class CloudUser:
         """As `run`, with --json."""
         return json.loads(self.run(*words, "--json"))
 
-    def log_in(self, url: str, token_file: Path) -> None:
-        """Uses a replica from now on."""
-        self.run("login", url, "--token-file", str(token_file))
+    def use(self, url: str) -> None:
+        """Goes to this replica from now on."""
+        assert self.token_file is not None
+        self.run("login", url, "--token-file", str(self.token_file))
 
 
 class CloudStack:
@@ -201,7 +204,7 @@ class CloudStack:
 
     def _add_replica(self, number: int) -> None:
         state = self.directory / f"cloud-{number}"
-        spvtpm("cloud", "init", state)
+        spvtpm("cloud", "init", state, "--output", self.directory / f"admin-{number}.token")
         socket = f"unix:{self.directory / f'cloud-{number}.sock'}"
         lines = [f"listen = {json.dumps(socket)}"]
         if self._database_url is not None:
@@ -222,18 +225,18 @@ class CloudStack:
         """A new token of a user that is made if it is missing, as a private file."""
         self.admin("add-user", user)
         path = self.directory / f"{user}-{os.urandom(4).hex()}.token"
-        words = [word for scope in scopes or ("vms",) for word in ("--scope", scope)]
+        words = [word for scope in scopes for word in ("--scope", scope)]
         self.admin("new-token", user, *words, "--output", path)
         return path
 
-    def user(self, name: str, replica: int = 0) -> CloudUser:
-        """A new user, logged in, with a keyring that trusts the vendor."""
+    def user(self, name: str, replica: int = 0, scopes: tuple[str, ...] = ("vms",)) -> CloudUser:
+        """A new user, logged in at a replica, with a keyring that trusts the vendor."""
         keyring = Keyring.create(self.directory / name / "spvtpm")
         root = x509.load_pem_x509_certificate((self.vendor / "root.pem").read_bytes())
         keyring.trust_root(root.public_bytes(Encoding.DER))
         keyring.put_revocation_list(read_revocation_list(self.vendor).crl.public_bytes(Encoding.DER))
-        user = CloudUser(keyring.directory)
-        user.log_in(self.urls[replica], self.token(name))
+        user = CloudUser(keyring.directory, self.token(name, *scopes))
+        user.use(self.urls[replica])
         return user
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ class RunningUp:
         line = self.process.stdout.readline()
         assert line, "".join(self.process.stderr or [])
         self.told: dict[str, Any] = json.loads(line)
-        self.user = CloudUser(Path(self.told["keyring"]))
+        self.user = CloudUser(Path(self.told["keyring"]), Path(self.told["token_file"]))
 
     def hear(self, words: str) -> str:
         """Waits until it says this."""

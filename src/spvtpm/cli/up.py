@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from spvtpm.cli.parts import Json
 from spvtpm.wire.errors import UsageError
 
+_EXTRA = ("alembic", "dbos", "httpx", "sqlalchemy", "starlette", "uvicorn", "websockets")
 _LAST_PORT = 65_535
 
 
@@ -26,6 +28,11 @@ def up(directory: Path | None = None, /, *, port: int = 7580, json: Json = False
     port
         Where the platform listens, on this machine alone; another one, if somebody has it.
     """
+    missing = [module for module in _EXTRA if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"this needs what a base installation leaves out ({missing[0]}): pip install 'spvtpm[platform]'"
+        )
     from spvtpm.stack.running import run_stack
     from spvtpm.stack.screen import PersonsScreen, ScriptsScreen
 

@@ -1,13 +1,8 @@
-"""Makes what is not there yet: vendor, chips, secure processors, agents, the platform, a user. A death in between is no harm.
-
-Agents and the platform are made by the commands that an administrator types.
-"""
+"""Makes what is not there yet: vendor, chips, secure processors, agents, the platform, a user. A death in between is no harm."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,19 +11,30 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from spvtpm.files import read_file, replace_file
+from spvtpm.cloud import auth
+from spvtpm.cloud.config import CONFIG_FILE
+from spvtpm.cloud.founding import found_platform
+from spvtpm.cloud.host_addresses import set_host
+from spvtpm.cloud.migrations import migrate
+from spvtpm.cloud.service import open_database
+from spvtpm.files import create_file, read_file, replace_file
+from spvtpm.hypervisor import agent
+from spvtpm.hypervisor.config import AgentConfig, read_token
+from spvtpm.processor.config import DEFAULT_TOML
 from spvtpm.processor.daemon import initialise
 from spvtpm.stack.places import USER, Host, Places
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.owned import Account
 from spvtpm.vendor.authority import init_vendor, read_revocation_list, refresh_revocation_list
 from spvtpm.vendor.factory import manufacture_chip
-from spvtpm.wire.platform_errors import PartFailed
+from spvtpm.wire.platform_api import HostAddress, NewToken
 
 LOOPBACK: Final = "127.0.0.1"
 VENDOR_NAME: Final = "Example Silicon"
 
 _MAX_PEM_BYTES: Final = 4096
 _MAX_CONFIG_BYTES: Final = 65_536
+_MAX_TOKEN_BYTES: Final = 256
 _RENEW_LIST_BEFORE: Final = timedelta(days=15)
 """Half of a revocation list's life: `spvtpm up` may run for a while."""
 
@@ -50,42 +56,53 @@ def make_secure_processor(places: Places, host: Host, tell: Tell) -> None:
     chip = places.directory / f"{host.sp.name}.chip"
     if chip.exists() and host.sp.exists():
         shutil.rmtree(host.sp)  # the chip's file goes last: this one was not whole, and has never run
-    if host.sp.exists():
-        return
-    if not chip.exists():
-        manufacture_chip(places.vendor, chip)
-    fuses = initialise(host.sp, chip)
-    tell(f"made the secure processor of {host.name}, with chip {fuses.chip_id.hex()}")
+    if not host.sp.exists():
+        if not chip.exists():
+            manufacture_chip(places.vendor, chip)
+        fuses = initialise(host.sp, chip)
+        tell(f"made the secure processor of {host.name}, with chip {fuses.chip_id.hex()}")
+    configuration = host.sp / "sp.toml"
+    if configuration.read_text() == DEFAULT_TOML:  # or somebody has decided otherwise
+        replace_file(configuration, f"admission_required = true\n{DEFAULT_TOML}".encode())
 
 
 def make_agent(host: Host, tell: Tell) -> None:
     """The host's agent, for VMs on its secure processor."""
-    if not (host.agent / "agent.toml").exists():
-        shutil.rmtree(host.agent, ignore_errors=True)
-        _administrator("agent", "init", host.agent, "--sp", host.sp)
-        tell(f"made the agent of {host.name}")
+    if (host.agent / "agent.toml").exists():
+        return
+    (host.agent / "token").unlink(missing_ok=True)  # its configuration goes last: this one has never run
+    agent.initialise(host.agent, AgentConfig(sp=str(host.sp)))
+    tell(f"made the agent of {host.name}")
 
 
 def make_platform(places: Places, port: int, tell: Tell) -> None:
-    """The platform, which knows the hosts, and its first user.
+    """The platform, with tables of this release, which knows the hosts, and its first user.
 
     Args:
         places: of the stack.
         port: where it shall listen this time.
         tell: told what is made.
     """
-    if not (places.cloud / "cloud.toml").exists():
-        shutil.rmtree(places.cloud, ignore_errors=True)
-        _administrator("cloud", "init", places.cloud)
-        tell("made the platform, on SQLite")
-    _listen(places.cloud / "cloud.toml", port)
-    for host in places.hosts:
-        address = f"unix:{host.agent / 'agent.sock'}"
-        _administrator("cloud", "add-host", places.cloud, host.name, address, "--token-file", host.agent / "token")
-    if not places.token.exists():
-        _administrator("cloud", "add-user", places.cloud, USER)
-        _administrator("cloud", "new-token", places.cloud, USER, "--scope", "vms", "--output", places.token)
+    if not (places.cloud / CONFIG_FILE).exists():
+        made = found_platform(places.cloud)
+        replace_file(places.admin_token, f"{made.secret}\n".encode())
+        tell(f"made the platform, on SQLite, with an administrator's token in {places.admin_token}")
+    _listen(places.cloud / CONFIG_FILE, port)
+    database = open_database(places.cloud)
+    try:
+        migrate(database)
+        with database.write() as connection:
+            for host in places.hosts:
+                token = read_token(host.agent / "token")
+                set_host(connection, host.name, HostAddress(address=agent.address_of(host.agent), token=token))
+            if places.token.exists():
+                return
+            auth.add_user(connection, USER)
+            made = auth.make_token(connection, USER, NewToken(scopes=["vms"], note="made by spvtpm up"))
+        create_file(places.token, f"{made.secret}\n".encode())
         tell(f"made the user {USER}, with a token in {places.token}")
+    finally:
+        database.close()
 
 
 def _listen(configuration: Path, port: int) -> None:
@@ -97,8 +114,14 @@ def _listen(configuration: Path, port: int) -> None:
         replace_file(configuration, "\n".join([*wanted, ""]).encode())
 
 
-def make_keyring(places: Places, tell: Tell) -> None:
-    """The first user's keyring, without a passphrase; it trusts the vendor, and knows the vendor's newest list."""
+def make_keyring(places: Places, url: str, tell: Tell) -> Account:
+    """The first user's keyring, without a passphrase; it trusts the vendor, knows the vendor's newest list, and the platform.
+
+    Args:
+        places: of the stack.
+        url: of the platform, this time.
+        tell: told what is made.
+    """
     if not (places.keyring / "keyring").exists():
         Keyring.create(places.keyring)
         tell(f"made a keyring for its first user, in {places.keyring}")
@@ -107,20 +130,6 @@ def make_keyring(places: Places, tell: Tell) -> None:
     keyring.trust_root(root.public_bytes(Encoding.DER))
     keyring.put_revocation_list(read_revocation_list(places.vendor).crl.public_bytes(Encoding.DER))
 
-
-def log_in(places: Places, url: str) -> None:
-    """The keyring knows the platform, wherever it listens this time."""
-    _administrator("login", url, "--token-file", places.token, "--keyring", places.keyring)
-
-
-def _administrator(*words: str | Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "spvtpm.cli", *words],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        command = " ".join(map(str, words))
-        raise PartFailed(f"spvtpm {command}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    account = Account(url=url, token=read_file(places.token, _MAX_TOKEN_BYTES).decode().strip())
+    keyring.use_platform(account)
+    return account

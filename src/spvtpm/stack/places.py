@@ -78,6 +78,10 @@ class Places:
         return self.data_home / "token"
 
     @property
+    def admin_token(self) -> Path:
+        return self.directory / "admin-token"
+
+    @property
     def hosts(self) -> tuple[Host, ...]:
         return tuple(
             Host(f"host-{number}", self.short / f"sp-{number}", self.short / f"agent-{number}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import shutil
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -16,11 +16,14 @@ from spvtpm.stack.places import Places, make_places
 from spvtpm.stack.process import Part
 from spvtpm.stack.screen import Row, Up
 from spvtpm.stack.supervisor import Supervisor
-from spvtpm.wire.errors import UsageError
+from spvtpm.terminal.owned import Account
+from spvtpm.terminal.platform import Platform
+from spvtpm.wire.errors import SpvtpmError
 
 PORT: Final = 7580
 
-_EXTRA: Final = ("alembic", "dbos", "httpx", "sqlalchemy", "starlette", "uvicorn", "websockets")
+_ONLINE_PATIENCE_S: Final = 30.0
+_LOOK_AGAIN_S: Final = 0.1
 
 
 class Screen(Protocol):
@@ -42,20 +45,15 @@ def run_stack(directory: Path, screen: Screen, port: int = PORT) -> None:
         port: where the platform listens on this machine; another one if somebody has it.
 
     Raises:
-        UsageError: what the platform is made of is not installed.
         StateInUse: a stack runs on the directory.
         PartFailed: a part does not start, or ends again and again; the others were ended in order.
         StorageError: something cannot be read or written.
     """
-    missing = [module for module in _EXTRA if find_spec(module) is None]
-    if missing:
-        raise UsageError(
-            f"this needs what a base installation leaves out ({missing[0]}): pip install 'spvtpm[platform]'"
-        )
     if shutil.which("tpm2_pcrread") is None:
         screen.tell(
-            "tpm2-tools is not installed, so VMs have no TPM tools to run: apt-get install tpm2-tools libtss2-tcti-swtpm0"
+            "tpm2-tools is not installed, so VMs have no TPM tools: apt-get install tpm2-tools libtss2-tcti-swtpm0"
         )
+    os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the user's keyring is opened here
     places = make_places(directory)
     with stack_lock(places.directory, screen.tell) as lock:
@@ -65,16 +63,16 @@ def run_stack(directory: Path, screen: Screen, port: int = PORT) -> None:
             making.make_agent(host, screen.tell)
         free = _free_port(port, screen)
         making.make_platform(places, free, screen.tell)
-        making.make_keyring(places, screen.tell)
-        asyncio.run(_Stack(places, screen, lock, f"http://{making.LOOPBACK}:{free}").run())
+        account = making.make_keyring(places, f"http://{making.LOOPBACK}:{free}", screen.tell)
+        asyncio.run(_Stack(places, screen, lock, account).run())
 
 
 class _Stack:
-    def __init__(self, places: Places, screen: Screen, lock: int, url: str) -> None:
+    def __init__(self, places: Places, screen: Screen, lock: int, account: Account) -> None:
         self._places = places
         self._screen = screen
         self._lock = lock
-        self._url = url
+        self._account = account
 
     async def run(self) -> None:
         supervisor = Supervisor(self._screen)
@@ -90,10 +88,25 @@ class _Stack:
         await supervisor.start(*(self._part(host.sp.name, "sp", "run", str(host.sp)) for host in hosts))
         await supervisor.start(*(self._part(host.agent.name, "agent", "run", str(host.agent)) for host in hosts))
         await supervisor.start(self._part("cloud", "cloud", "run", str(self._places.cloud)))
-        await supervisor.until_ending(asyncio.to_thread(making.log_in, self._places, self._url))
+        await supervisor.until_ending(self._hosts_are_online())
         if not supervisor.is_ending:
             rows = [Row(part.name, part.address, part.log) for part in supervisor.parts]
-            self._screen.ready(Up(self._places, self._url, rows))
+            self._screen.ready(Up(self._places, self._account.url, rows))
+
+    async def _hosts_are_online(self) -> None:
+        """Asks the platform, as its first user, until it has heard of every host."""
+        with Platform(self._account) as platform:
+            try:
+                async with asyncio.timeout(_ONLINE_PATIENCE_S):
+                    while sum(chip.is_online for chip in await asyncio.to_thread(platform.chips)) < len(
+                        self._places.hosts
+                    ):
+                        await asyncio.sleep(_LOOK_AGAIN_S)
+            except (TimeoutError, SpvtpmError) as error:
+                why = f": {error}" if isinstance(error, SpvtpmError) else ""
+                self._screen.tell(
+                    f"the platform does not see every host yet{why}; its log is {self._places.log('cloud')}"
+                )
 
     def _part(self, name: str, *words: str) -> Part:
         return Part(name, words, self._places.log(name), self._lock)

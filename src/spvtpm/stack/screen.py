@@ -70,7 +70,9 @@ class PersonsScreen:
         self._lines(what_to_type(up))
         self.tell("\nWith a keyring of your own instead:\n")
         self._lines(with_own_keyring(up))
-        self.tell(f"\nConsole: {up.url}/console; it asks for a token, which is in {up.places.token}")
+        self.tell(f"\nConsole: {up.url}/console; it asks for a token: yours, or the administrator's, which sees all:\n")
+        self._lines([str(up.places.token), str(up.places.admin_token)])
+        self.tell("")
         self.tell("Ctrl-C ends it; the next `spvtpm up` goes on where it was.")
 
     def _lines(self, lines: Sequence[str]) -> None:
@@ -93,6 +95,7 @@ class ScriptsScreen:
             "console": f"{up.url}/console",
             "user": USER,
             "token_file": str(up.places.token),
+            "admin_token_file": str(up.places.admin_token),
             "data_home": str(up.places.data_home),
             "keyring": str(up.places.keyring),
             "hosts": [{"name": host.name, "sp": str(host.sp), "agent": str(host.agent)} for host in up.places.hosts],
