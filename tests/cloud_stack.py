@@ -17,7 +17,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -49,17 +49,23 @@ class Daemon:
     Args:
         words: the command, behind `spvtpm`.
         log_path: what it says.
+        environment: what it has there beside what we have.
     """
 
-    def __init__(self, words: Sequence[str | Path], log_path: Path) -> None:
+    def __init__(
+        self, words: Sequence[str | Path], log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._words = tuple(words)
+        self._environment = {**os.environ, **(environment or {})}
         self.log_path = log_path
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts it, and waits until it says that it listens."""
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen([*SPVTPM, *self._words], stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                [*SPVTPM, *self._words], stdout=subprocess.PIPE, stderr=log, env=self._environment
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith(b"listening on "), f"spvtpm {self._words} did not start:\n{self.log()}"
@@ -100,23 +106,20 @@ class CloudHost:
         name: at the platform.
         directory: of all that it has.
         vendor: whose chip it gets.
+        agent_options: of `spvtpm agent init`.
     """
 
-    def __init__(self, name: str, directory: Path, vendor: Path) -> None:
+    def __init__(self, name: str, directory: Path, vendor: Path, *agent_options: str | Path) -> None:
         self.name = name
         chip = directory / f"{name}.chip"
         self.sp_state, self.agent_state = directory / f"{name}-sp", directory / f"{name}-ag"
         manufacture_chip(vendor, chip)
         initialise(self.sp_state, chip)
         self.sp = RunningSp(self.sp_state)
-        spvtpm("agent", "init", self.agent_state, "--sp", self.sp_state)
+        made = spvtpm("agent", "init", self.agent_state, "--sp", self.sp_state, *agent_options, "--json")
+        self.address = str(json.loads(made)["address"])
         self.agent = Daemon(("agent", "run", self.agent_state), directory / f"{name}-agent.log")
         self.agent.start()
-
-    @property
-    def address(self) -> str:
-        """Of its agent, for the platform."""
-        return f"unix:{self.agent_state / 'agent.sock'}"
 
     @property
     def token_file(self) -> Path:
@@ -171,6 +174,7 @@ class CloudStack:
         hosts: how many.
         replicas: of the platform; more than one need a database that they can share.
         database_url: of PostgreSQL; None: SQLite.
+        environment: what replicas have there beside what we have.
 
     Attributes:
         hosts: by number, from 0: `host-0` first.
@@ -178,31 +182,47 @@ class CloudStack:
         urls: of the replicas: unix sockets, which are the same after a restart.
     """
 
-    def __init__(self, directory: Path, hosts: int = 1, replicas: int = 1, database_url: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        hosts: int = 1,
+        replicas: int = 1,
+        database_url: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
         self.vendor = directory / "vendor"
         self.hosts: list[CloudHost] = []
         self.replicas: list[Daemon] = []
         self.urls: list[str] = []
         self._database_url = database_url
+        self._environment = environment
         self._ends = ExitStack()
         directory.mkdir(mode=0o711)
         with ExitStack() as cleanup:
             cleanup.callback(self.close)
             init_vendor(self.vendor, "Example Silicon")
-            for number in range(hosts):
-                host = CloudHost(f"host-{number}", directory, self.vendor)
-                self._ends.callback(host.end)
-                self.hosts.append(host)
             for number in range(replicas):
-                self._add_replica(number)
-            for host in self.hosts:
-                self.admin("add-host", host.name, host.address, "--token-file", host.token_file)
+                self._make_replica(number)
+            for _ in range(hosts):
+                self.add_host()
             for replica in self.replicas:
                 replica.start()
             cleanup.pop_all()
 
-    def _add_replica(self, number: int) -> None:
+    def add_host(self, *agent_options: str | Path) -> CloudHost:
+        """One more host, known to the platform.
+
+        Args:
+            agent_options: of `spvtpm agent init`.
+        """
+        host = CloudHost(f"host-{len(self.hosts)}", self.directory, self.vendor, *agent_options)
+        self._ends.callback(host.end)
+        self.hosts.append(host)
+        self.admin("add-host", host.name, host.address, "--token-file", host.token_file)
+        return host
+
+    def _make_replica(self, number: int) -> None:
         state = self.directory / f"cloud-{number}"
         spvtpm("cloud", "init", state, "--output", self.directory / f"admin-{number}.token")
         socket = f"unix:{self.directory / f'cloud-{number}.sock'}"
@@ -212,7 +232,7 @@ class CloudStack:
         (state / "cloud.toml").write_text("\n".join(lines) + "\n")
         if number == 0:
             spvtpm("cloud", "migrate", state)
-        replica = Daemon(("cloud", "run", state), self.directory / f"cloud-{number}.log")
+        replica = Daemon(("cloud", "run", state), self.directory / f"cloud-{number}.log", self._environment)
         self._ends.callback(replica.kill)
         self.replicas.append(replica)
         self.urls.append(socket)

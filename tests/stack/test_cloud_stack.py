@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,42 @@ def test_a_postgresql_that_was_away_is_used_again(directory: Path, postgres: Dat
         postgres.server.start()
         wait_until(lambda: alice.attempt("vm", "ls").returncode == 0)
         alice.run("vm", "shutdown", "web")
+
+
+def test_a_host_is_reached_over_tls_by_a_platform_that_trusts_its_authority_alone(
+    directory: Path, tmp_path: Path
+) -> None:
+    """As in docs/how-to/run-a-cloud.md: the agent on a port, with a certificate of an authority of one's own."""
+    certificate, key = new_certificate(tmp_path)
+    with CloudStack(directory, hosts=0, environment={"SSL_CERT_FILE": str(certificate)}) as cloud:
+        trusted = cloud.add_host(*tls_options(certificate, key))
+        stranger = cloud.add_host(*tls_options(*new_certificate(directory)))
+        assert trusted.address.startswith("https://127.0.0.1:")
+        alice = cloud.user("alice")
+        wait_until(lambda: b"host-0" in alice.run("chips"))
+        alice.run("vm", "create", "web")
+        alice.run(*PCR_0)
+        refused = alice.attempt("vm", "create", "other", "--host", stranger.name)
+        assert refused.returncode == 3 and b"[no-host]" in refused.stderr
+        wait_until(lambda: b"CERTIFICATE_VERIFY_FAILED" in cloud.admin("list-hosts"))
+
+
+def new_certificate(directory: Path) -> tuple[Path, Path]:
+    """Of an authority that is its own host: certificate and key."""
+    certificate, key = directory / "tls.pem", directory / "tls-key.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    names = ["-subj", f"/CN={directory.name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*words, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    key.chmod(0o600)
+    return certificate, key
+
+
+def tls_options(certificate: Path, key: Path) -> tuple[str | Path, ...]:
+    """Of `spvtpm agent init`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ("--listen", f"127.0.0.1:{port}", "--tls-certificate", certificate, "--tls-key", key)
 
 
 def test_a_user_without_a_token_of_the_right_scope_is_refused(directory: Path) -> None:

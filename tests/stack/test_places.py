@@ -66,7 +66,7 @@ def test_nobody_else_reads_what_is_made(runtime: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (runtime / "c", runtime / "c" / "user")} == {0o700}
 
 
-def test_a_second_stack_on_the_same_directory_is_refused(tmp_path: Path) -> None:
+def test_a_second_stack_on_the_same_directory_is_refused(tmp_path: Path, runtime: Path) -> None:
     with stack_lock(tmp_path, lambda _said: None):
         second = subprocess.run(
             [sys.executable, "-m", "spvtpm.cli", "up", str(tmp_path)], capture_output=True, text=True
@@ -97,7 +97,7 @@ def test_the_next_stack_waits_for_the_parts_of_one_that_was_killed(tmp_path: Pat
     assert told == ["the last spvtpm up here was killed; its parts are still ending"]
 
 
-def test_the_users_data_home_is_recognised(tmp_path: Path) -> None:
+def test_the_users_data_home_is_recognised(tmp_path: Path, runtime: Path) -> None:
     assert not is_data_home(make_places(tmp_path).data_home)
     (tmp_path / "lock").touch()
     (tmp_path / "vendor").mkdir()
