@@ -43,15 +43,19 @@ class RunningMachine:
     Args:
         sp: of its host.
         with_vtpm: whether the VM has one.
+        uid: user id of its process; None: as this process.
     """
 
-    def __init__(self, sp: RunningSp, *, with_vtpm: bool = True) -> None:
+    def __init__(self, sp: RunningSp, *, with_vtpm: bool = True, uid: int | None = None) -> None:
         self.sp = sp
         self.vm_id = uuid.uuid4()
         self.directory = sp.state.with_name(f"m-{self.vm_id.hex[:8]}")
         self.directory.mkdir(mode=0o700)
         self.log_path = self.directory.with_suffix(".log")
         self._with_vtpm = with_vtpm
+        self._uid = uid
+        if uid is not None:
+            os.chown(self.directory, uid, uid)
         self.process: subprocess.Popen[bytes] | None = None
         with sp.channel() as channel:
             channel.ask(sp.owner.provision(self.vm_id, self.key, inject_key=True), MyVm)
@@ -81,15 +85,15 @@ class RunningMachine:
         """The first boot, or another one."""
         info = self.sp.vm(self.vm_id)
         if info.boots:
-            info = self.sp.info(messages.StartVm(vm_id=self.vm_id))
+            info = self.sp.info(messages.StartVm(vm_id=self.vm_id, vm_uid=self._uid))
         else:
-            info = self.sp.info(messages.LaunchVm(vm_id=self.vm_id, with_vtpm=self._with_vtpm))
+            info = self.sp.info(messages.LaunchVm(vm_id=self.vm_id, with_vtpm=self._with_vtpm, vm_uid=self._uid))
         self.spawn(info)
         self.await_ready()
 
     def resume(self) -> None:
         """Goes on from the image, in the boot in which it was hibernated."""
-        self.spawn(self.sp.info(messages.StartVm(vm_id=self.vm_id)), "--resume")
+        self.spawn(self.sp.info(messages.StartVm(vm_id=self.vm_id, vm_uid=self._uid)), "--resume")
         self.await_ready()
 
     def spawn(self, info: messages.VmInfo, *options: str) -> None:
@@ -100,7 +104,14 @@ class RunningMachine:
             command += ["--interface", info.vtpm.interface]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *options], stdout=subprocess.PIPE, stderr=log, start_new_session=True, umask=0o077
+                [*command, *options],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,
+                user=self._uid,
+                group=self._uid,
+                extra_groups=None if self._uid is None else [],
             )
 
     def await_ready(self) -> None:
