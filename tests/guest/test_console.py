@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -389,7 +389,7 @@ def flipped(frame: bytes) -> list[bytes]:
     return [frame[:middle] + bytes([frame[middle] ^ 1]) + frame[middle + 1 :]]
 
 
-ALTERATIONS = {
+ALTERATIONS: dict[str, Callable[[bytes], list[bytes]]] = {
     "flipped": flipped,
     "cut short": lambda frame: [frame[:-1]],
     "repeated": lambda frame: [frame, frame],

@@ -137,6 +137,16 @@ def test_nothing_runs_in_a_suspended_machine(machine: RunningMachine) -> None:
     machine.power_off()
 
 
+@pytest.mark.attack("A21")
+def test_directories_nested_deep_keep_nobody_from_clearing_up(machine: RunningMachine) -> None:
+    machine.shell("i=0; while [ $i -lt 2000 ]; do mkdir d; cd d; i=$((i+1)); done")  # Python recurses less deep
+    machine.suspend()
+    machine.go_on()
+    machine.power_off()
+    machine.image.unlink()
+    assert list(machine.directory.iterdir()) == []
+
+
 def test_memory_that_does_not_fit_an_image_is_told_and_the_machine_runs_on(machine: RunningMachine) -> None:
     machine.shell("head -c 20000000 /dev/zero > much")
     with pytest.raises(SpvtpmError, match="more than"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.files.removal import remove_tree
 from spvtpm.guest.memory_image import open_image, pack, seal, unpack
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
 from spvtpm.wire.errors import StorageError
@@ -125,10 +126,14 @@ def test_what_is_no_file_stays_behind(memory: Path, elsewhere: Path) -> None:
 
 
 def test_directories_may_be_nested_deeper_than_python_recurses(tmp_path: Path, elsewhere: Path) -> None:
-    memory = tmp_path / "memory"
-    subprocess.run(["mkdir", "-p", memory / "/".join("d" * 1500)], check=True)
-    unpack(pack(memory), elsewhere)
-    assert (elsewhere / "/".join("d" * 1500)).is_dir()
+    memory, deep = tmp_path / "memory", "/".join("d" * 1500)
+    subprocess.run(["mkdir", "-p", memory / deep], check=True)
+    try:
+        unpack(pack(memory), elsewhere)
+        assert (elsewhere / deep).is_dir()
+    finally:
+        for path in (memory, elsewhere):  # others that clean up here recurse
+            remove_tree(path)
 
 
 def test_too_much_memory_is_refused_before_it_is_read(memory: Path) -> None:

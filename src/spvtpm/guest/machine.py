@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import shutil
 import signal
 import threading
 import uuid
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from spvtpm.files import read_file, replace_file
+from spvtpm.files.removal import remove_tree
 from spvtpm.guest.commands import Commands
 from spvtpm.guest.console_server import Console
 from spvtpm.guest.launch_secret import take_launch_secret
@@ -212,4 +212,7 @@ class Machine:
                 log.error("%s", error)
             if self._door is not None:
                 self._door.close()
-            shutil.rmtree(self._memory, ignore_errors=True)
+            try:
+                remove_tree(self._memory)
+            except StorageError as error:
+                log.error("%s", error)
