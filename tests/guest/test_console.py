@@ -301,7 +301,6 @@ def test_only_so_many_consoles_are_open_at_a_time(machine: RunningMachine) -> No
 # Who may come
 
 
-@pytest.mark.claim("C9")
 @pytest.mark.attack("A04")
 def test_whoever_does_not_have_the_vm_key_is_refused_before_tls(machine: RunningMachine) -> None:
     with closing(OwnersEnd(machine, ec.generate_private_key(ec.SECP384R1()))) as end:
@@ -377,7 +376,6 @@ def test_without_a_channel_whoever_carries_a_command_reads_and_changes_it() -> N
     assert SECRET.upper().encode() in changed and len(changed) == len(said)
 
 
-@pytest.mark.claim("C9")
 @pytest.mark.attack("A02")
 def test_whoever_carries_the_frames_sees_nothing_of_the_command(machine: RunningMachine, relay: Relay) -> None:
     assert run_through(relay, machine, "echo", SECRET) == (0, f"{SECRET}\n".encode())

@@ -104,7 +104,6 @@ def test_what_commands_leave_behind_runs_on_and_is_buried_when_it_ends(machine: 
         assert machine.state() == "running"
 
 
-@pytest.mark.claim("C6b")
 def test_a_hibernated_vm_goes_on_with_its_memory_and_its_pcrs(machine: RunningMachine) -> None:
     machine.shell("tpm2_pcrextend 16:sha256=$(printf %064d 1); mkdir -p a/b; echo remember > a/b/note")
     before = machine.shell(PCR)
@@ -214,7 +213,6 @@ def test_an_altered_image_is_refused_and_nothing_of_it_is_restored(machine: Runn
     assert list(machine.directory.iterdir()) == [machine.image]
 
 
-@pytest.mark.claim("C9")
 @pytest.mark.attack("A24")
 def test_the_key_and_the_memory_are_in_no_file_and_nothing_others_see(machine: RunningMachine) -> None:
     machine.shell("echo MARKER-OF-THE-MEMORY > note")
