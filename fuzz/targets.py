@@ -6,6 +6,7 @@ from fuzz.certificate_targets import CERTIFICATE_TARGETS
 from fuzz.channel_targets import CHANNEL_TARGETS
 from fuzz.instance_targets import INSTANCE_TARGETS
 from fuzz.interface_targets import INTERFACE_TARGETS
+from fuzz.machine_targets import MACHINE_TARGETS
 from fuzz.message_targets import MESSAGE_TARGETS
 from fuzz.owner_targets import OWNER_TARGETS
 from fuzz.storage_targets import STORAGE_TARGETS
@@ -20,6 +21,7 @@ TARGETS: dict[str, Target] = {
         *MESSAGE_TARGETS,
         *OWNER_TARGETS,
         *CHANNEL_TARGETS,
+        *MACHINE_TARGETS,
         *INSTANCE_TARGETS,
         *CERTIFICATE_TARGETS,
         *INTERFACE_TARGETS,

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from spvtpm.guest.own_process import bury_orphans, end_descendants
 from spvtpm.wire.errors import WrongState
 
 NOT_FOUND: Final = 127
@@ -18,12 +19,13 @@ NOT_EXECUTABLE: Final = 126
 """Exit codes of a command that cannot be run. Source: POSIX.1-2008, Shell Command Language, section 2.8.2."""
 
 _END_S: Final = 2.0
+
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Source: Debian, login.defs, ENV_SUPATH."""
 
 
 class Commands:
-    """All commands under way. Thread-safe.
+    """All commands under way. Thread-safe. What begins is not reaped before `bury`, so that its number stays its own until then.
 
     Args:
         memory: the VM's memory, their directory.
@@ -38,7 +40,7 @@ class Commands:
             "LANG": "C.UTF-8",
             **({"TPM2TOOLS_TCTI": tcti} if tcti else {}),
         }
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._running = set[subprocess.Popen[bytes]]()
         self._may_start = True
 
@@ -49,7 +51,7 @@ class Commands:
             WrongState: the VM is being suspended or powered off.
             OSError: it cannot be run.
         """
-        with self._lock:
+        with self._changed:
             if not self._may_start:
                 raise WrongState("the VM is being suspended or powered off")
             command = subprocess.Popen(
@@ -65,31 +67,44 @@ class Commands:
             self._running.add(command)
         return command
 
+    def await_end(self, command: subprocess.Popen[bytes]) -> None:
+        """Returns once the command has ended, and what it has started perhaps not."""
+        with suppress(ChildProcessError):  # it was buried
+            os.waitid(os.P_PID, command.pid, os.WEXITED | os.WNOWAIT)
+
     def bury(self, command: subprocess.Popen[bytes]) -> None:
-        """The command is over; whatever it has started and left behind is ended."""
-        _signal(command, signal.SIGKILL)
-        command.wait()
-        with self._lock:
-            self._running.discard(command)
+        """The command is over; what is left of its process group is ended."""
+        with self._changed:
+            if command in self._running:
+                _signal(command, signal.SIGKILL)
+                command.wait()
+                self._running.discard(command)
+                self._changed.notify_all()
+
+    def bury_orphans(self) -> None:
+        """Takes note of the end of what commands have left behind."""
+        with self._changed:
+            bury_orphans({command.pid for command in self._running})
 
     def end_all(self) -> None:
-        """Ends all of them, and lets no other begin."""
-        with self._lock:
+        """Ends all of them, and all that they have left behind, and lets no other begin.
+
+        Raises:
+            ResourceError: something does not end.
+        """
+        with self._changed:
             self._may_start = False
-            running = list(self._running)
-        for command in running:
-            _signal(command, signal.SIGTERM)
-        for command in running:
-            with suppress(subprocess.TimeoutExpired):
-                command.wait(_END_S)
-            _signal(command, signal.SIGKILL)
+            for command in self._running:
+                _signal(command, signal.SIGTERM)
+            self._changed.wait_for(lambda: not self._running, _END_S)
+        end_descendants()
 
     def go_on(self) -> None:
         """Lets commands begin again."""
-        with self._lock:
+        with self._changed:
             self._may_start = True
 
 
 def _signal(command: subprocess.Popen[bytes], number: int) -> None:
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(command.pid, number)

@@ -11,17 +11,17 @@ import subprocess
 import threading
 import time
 import uuid
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import IO, Final, Literal
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from spvtpm.guest.command_pipes import pieces, write_pieces
 from spvtpm.guest.commands import NOT_EXECUTABLE, NOT_FOUND, Commands
 from spvtpm.guest.frame_stream import FrameStream
 from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.console import (
     MAX_CONSOLE_MESSAGE_BYTES,
-    PIECE_BYTES,
     ConsoleReply,
     ConsoleRequest,
     Ended,
@@ -65,21 +65,24 @@ class Console:
         """One connection, to its end; its errors are its own."""
         stream = FrameStream(connection, MAX_CHANNEL_FRAME_BYTES)
         try:
-            _Conversation(stream, self._open(stream)).serve(self._commands, connection)
+            channel, said = self._open(stream)
+            _Conversation(stream, channel, said).serve(self._commands, connection)
         except SpvtpmError as error:
             log.info("a console ended: %s", error)
 
-    def _open(self, stream: FrameStream) -> SecureChannel:
+    def _open(self, stream: FrameStream) -> tuple[SecureChannel, list[bytes]]:
+        """The open channel, and what was said in it already: whoever is between may join frames."""
         deadline = time.monotonic() + _INTRODUCTION_S
         try:
             channel = self._introduce(stream, deadline)
         except SpvtpmError as error:
             stream.send(encode_clear(error_reply(error)))
             raise
+        said: list[bytes] = []
         while not channel.is_open:
-            channel.receive(_next(stream, deadline))
+            said += channel.receive(_next(stream, deadline))
             stream.send(*channel.frames())
-        return channel
+        return channel, said
 
     def _introduce(self, stream: FrameStream, deadline: float) -> SecureChannel:
         said = parse_clear(_next(stream, deadline))
@@ -108,18 +111,20 @@ def _next(stream: FrameStream, deadline: float) -> bytes:
 class _Conversation:
     """One command over an open channel: this thread reads what the owner sends; others send what the command writes."""
 
-    def __init__(self, stream: FrameStream, channel: SecureChannel) -> None:
+    def __init__(self, stream: FrameStream, channel: SecureChannel, said: list[bytes]) -> None:
         self._stream = stream
         self._channel = channel
         self._lock = threading.Lock()  # of the channel, and the order of frames
-        self._requests: list[bytes] = []
-        self._over = os.eventfd(0, os.EFD_CLOEXEC)
+        self._requests = said
+        self._quiet = os.eventfd(0, os.EFD_CLOEXEC)  # nothing more is awaited of the command
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)  # all that it has written is sent
 
     def serve(self, commands: Commands, connection: socket.socket) -> None:
         try:
             run = self._hear(time.monotonic() + _INTRODUCTION_S)
             if not isinstance(run, Run):
                 raise MessageError("a console begins with Run")
+            self._stream.be_patient()  # the owner may look at a page of output for hours
             self._run(run, commands, connection)
         except ChannelError:
             raise
@@ -127,7 +132,8 @@ class _Conversation:
             self._say(error_reply(error))
             raise
         finally:
-            os.close(self._over)
+            for descriptor in (self._quiet, self._over):
+                os.close(descriptor)
             with suppress(SpvtpmError), self._lock:
                 self._channel.close()
                 self._stream.send(*self._channel.frames())
@@ -157,27 +163,26 @@ class _Conversation:
         ]
         for reader in readers:
             reader.start()
-        command.wait()
-        for reader in readers:
-            reader.join(_LAST_WORDS_S)  # something that it has left behind may hold the pipe open
+        commands.await_end(command)
+        deadline = time.monotonic() + _LAST_WORDS_S
+        for reader in readers:  # what it has started may write still
+            reader.join(max(0.0, deadline - time.monotonic()))
         commands.bury(command)
+        os.eventfd_write(self._quiet, 1)  # what has left its process group may hold the pipe open as long as it likes
         for reader in readers:
             reader.join()
         os.eventfd_write(self._over, 1)
 
     def _pass_on(self, pipe: IO[bytes], stream: Literal["stdout", "stderr"]) -> None:
-        with pipe:
-            while data := os.read(pipe.fileno(), PIECE_BYTES):
-                try:
-                    self._say(Output(stream=stream, data=data))
-                except SpvtpmError:
-                    return  # nobody hears; `_feed` sees that, too
+        with pipe, suppress(SpvtpmError):  # nobody hears; `_feed` sees that, too
+            for data in pieces(pipe, self._quiet):
+                self._say(Output(stream=stream, data=data))
 
     def _feed(self, command: subprocess.Popen[bytes], connection: socket.socket) -> None:
         """Passes on what the command reads, until it is over."""
-        pieces: queue.Queue[bytes] = queue.Queue(_INPUT_PIECES)
-        writer = threading.Thread(target=_write, args=(command, pieces), daemon=True, name="input")
-        writer.start()
+        assert command.stdin is not None  # noqa: S101  # a pipe
+        waiting: queue.Queue[bytes] = queue.Queue(_INPUT_PIECES)
+        threading.Thread(target=write_pieces, args=(command.stdin, waiting), daemon=True, name="input").start()
         try:
             while True:
                 request = self._hear(None, self._over)
@@ -186,20 +191,20 @@ class _Conversation:
                 if isinstance(request, Run):
                     raise MessageError("a console runs one command")
                 piece = request.data if isinstance(request, Input) else b""
-                if not self._put(pieces, piece, connection):
+                if not self._put(waiting, piece, connection):
                     return
         finally:
             with suppress(queue.Full):
-                pieces.put_nowait(b"")
+                waiting.put_nowait(b"")
 
-    def _put(self, pieces: queue.Queue[bytes], piece: bytes, connection: socket.socket) -> bool:
+    def _put(self, waiting: queue.Queue[bytes], piece: bytes, connection: socket.socket) -> bool:
         """Waits for room; False: the command is over. Whoever has sent it may go meanwhile."""
         poll = select.poll()
         poll.register(connection, select.POLLRDHUP)
         poll.register(self._over, select.POLLIN)
         while True:
             try:
-                pieces.put(piece, timeout=_LOOK_S)
+                waiting.put(piece, timeout=_LOOK_S)
             except queue.Full:
                 ready = {descriptor for descriptor, _event in poll.poll(0)}
                 if self._over in ready:
@@ -222,11 +227,3 @@ class _Conversation:
         with self._lock:
             self._channel.send(encode_console_message(reply))
             self._stream.send(*self._channel.frames())
-
-
-def _write(command: subprocess.Popen[bytes], pieces: queue.Queue[bytes]) -> None:
-    assert command.stdin is not None  # noqa: S101  # a pipe
-    with suppress(OSError), closing(command.stdin):
-        while piece := memoryview(pieces.get()):
-            while piece:
-                piece = piece[os.write(command.stdin.fileno(), piece) :]

@@ -29,6 +29,10 @@ class FrameStream:
         self._waiting: list[bytes] = []
         connection.settimeout(_SEND_S)
 
+    def be_patient(self) -> None:
+        """From now on, the other side may take what is sent as late as it likes."""
+        self._connection.settimeout(None)
+
     def receive(self, deadline: float | None, or_readable: int | None = None) -> bytes | None:
         """The next frame; None: there was none until the deadline, or the other descriptor is readable.
 

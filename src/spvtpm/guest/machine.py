@@ -13,35 +13,31 @@ It takes its key from the secure processor, and keeps it in this process's memor
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import resource
 import select
-import shutil
 import signal
 import threading
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from spvtpm.files import read_file, replace_file
+from spvtpm.files.removal import remove_tree
 from spvtpm.guest.commands import Commands
 from spvtpm.guest.console_server import Console
 from spvtpm.guest.launch_secret import take_launch_secret
 from spvtpm.guest.machine_sockets import MachineSocket
+from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.guest.memory_image import open_image, pack, seal, unpack
+from spvtpm.guest.own_process import adopt_orphans, protect_own_memory
 from spvtpm.guest.vtpm_door import VtpmDoor
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
 from spvtpm.wire.errors import InterfaceError, ResourceError, SpvtpmError, StorageError, WrongState
 from spvtpm.wire.machine_control import AwaitReady, ControlRequest, GoOn, MachineState, PowerOff
 
 log = logging.getLogger(__name__)
-
-_PR_SET_DUMPABLE: Final = 4
-"""Source: Linux, include/uapi/linux/prctl.h."""
 
 _MAX_CONSOLES: Final = 16
 _MAX_CONTROLS: Final = 8
@@ -81,7 +77,8 @@ class Machine:
         self._state: Literal["running", "suspended", "off"] = "off"
         self._settled = threading.Event()
         self._failure: SpvtpmError | None = None
-        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._is_over = False
+        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # there is something to look at for `_watch`
         self._vm_key = b""
         self._door: VtpmDoor | None = None
         self._commands = Commands(self._memory, "")
@@ -92,9 +89,11 @@ class Machine:
         Raises:
             SpvtpmError: it cannot boot, or has lost its vTPM.
         """
-        _protect_own_memory()
+        protect_own_memory()
+        adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: os.eventfd_write(self._end, 1))
+            signal.signal(number, lambda _number, _frame: self._end())
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: os.eventfd_write(self._news, 1))
         control = MachineSocket(self._place.directory / "control.sock", _MAX_CONTROLS)
         console: MachineSocket | None = None
         try:
@@ -111,9 +110,9 @@ class Machine:
             print("ready", flush=True)
             self._watch()
         finally:
+            self._power_off()
             if console is not None:
                 console.close()
-            self._power_off()
             control.close()  # after the answer to PowerOff
 
     def _boot(self) -> None:
@@ -132,24 +131,34 @@ class Machine:
             self._commands = Commands(self._memory, self._door.tcti)
         self._state = "running"
 
+    def _end(self) -> None:
+        self._is_over = True
+        os.eventfd_write(self._news, 1)
+
     def _watch(self) -> None:
         """Returns when it is to end.
 
         Raises:
             InterfaceError: the vTPM has gone.
         """
-        while True:
+        while not self._is_over:
             poll = select.poll()
-            poll.register(self._end, select.POLLIN)
-            memory = self._door.memory if self._door is not None else None
-            if memory is not None:
-                poll.register(memory.connection, select.POLLIN)  # it says nothing but that it is over
-            ready = {descriptor for descriptor, _event in poll.poll(None if memory is not None else 1000)}
-            if self._end in ready:
-                return
+            poll.register(self._news, select.POLLIN)
             with self._lock:
-                if ready and self._state == "running" and self._door is not None and self._door.memory is memory:
+                memory = self._interface
+                if memory is not None:
+                    poll.register(memory.connection, select.POLLIN)  # it says nothing but that it is over
+            ready = {descriptor for descriptor, _event in poll.poll()}
+            if self._news in ready:
+                os.eventfd_read(self._news)
+                self._commands.bury_orphans()
+            with self._lock:
+                if ready - {self._news} and memory is self._interface:
                     raise InterfaceError("the secure processor has taken the vTPM's interface away")
+
+    @property
+    def _interface(self) -> InterfaceMemory | None:
+        return self._door.memory if self._door is not None else None
 
     def _control(self, request: ControlRequest) -> MachineState:
         if not self._settled.wait(_READY_S):
@@ -161,7 +170,7 @@ class Machine:
                 case AwaitReady():
                     pass
                 case PowerOff():
-                    os.eventfd_write(self._end, 1)
+                    self._end()
                     return MachineState(vm_id=self._place.vm_id, state="off")
                 case GoOn():
                     self._go_on()
@@ -174,11 +183,11 @@ class Machine:
             return
         if self._state != "running":
             raise WrongState("the machine is off")
-        self._commands.end_all()
         self._state = "suspended"
-        if self._door is not None:
-            self._door.close()
         try:
+            self._commands.end_all()
+            if self._door is not None:
+                self._door.close()
             image = seal(self._vm_key, self._place.vm_id, pack(self._memory))
             replace_file(self._place.directory / "image", image)
         except SpvtpmError:
@@ -188,22 +197,22 @@ class Machine:
     def _go_on(self) -> None:
         if self._state != "suspended":
             return
-        if self._door is not None:
+        if self._door is not None and self._interface is None:
             self._door.open()
+            os.eventfd_write(self._news, 1)
         self._commands.go_on()
         self._state = "running"
 
     def _power_off(self) -> None:
         with self._lock:
-            self._commands.end_all()
+            self._state = "off"
+            try:
+                self._commands.end_all()
+            except ResourceError as error:
+                log.error("%s", error)
             if self._door is not None:
                 self._door.close()
-            self._state = "off"
-            shutil.rmtree(self._memory, ignore_errors=True)
-
-
-def _protect_own_memory() -> None:
-    """No core dump, and no reading by other processes of the same user, the VM's programs among them."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+            try:
+                remove_tree(self._memory)
+            except StorageError as error:
+                log.error("%s", error)

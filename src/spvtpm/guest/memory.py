@@ -113,6 +113,8 @@ class InterfaceMemory:
     def close(self) -> None:
         """Gives the interface back."""
         self.is_open = False
+        with suppress(OSError):  # the SP has gone
+            self._connection.shutdown(socket.SHUT_RDWR)  # another thread may wait for it, and would keep it open
         self._connection.close()
         with suppress(BufferError):  # a driver still refers to it: unmapped when that goes
             self.memory.close()

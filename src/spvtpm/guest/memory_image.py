@@ -64,11 +64,14 @@ def pack(directory: Path) -> bytes:
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.iterdir()):
+    """Each directory before what is in it. Without recursion: a program in the VM may have nested as it likes."""
+    queue = sorted(directory.iterdir(), reverse=True)
+    while queue:
+        path = queue.pop()
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
             yield path
-            yield from _walk(path)
+            queue += sorted(path.iterdir(), reverse=True)
         elif stat.S_ISREG(mode):
             yield path
 
@@ -96,34 +99,44 @@ def unpack(archive: bytes, directory: Path) -> None:
         ImageDamaged: it is no such archive, or has what no such archive has. Some files may be there.
         StorageError: a file cannot be written.
     """
+    modes: list[tuple[Path, int]] = []
     try:
-        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:", ignore_zeros=False) as tar:
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             for number, entry in enumerate(tar, 1):
                 if number > _MAX_ENTRIES:
                     raise ImageDamaged("the memory image has too many files")
-                _extract(tar, entry, directory)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+                path = _place(entry, directory)
+                modes.append((path, entry.mode & 0o777))
+                if entry.isdir():
+                    path.mkdir(mode=0o700)
+                else:
+                    _extract(tar, entry, path)
+        for path, mode in reversed(modes):  # a directory last: its mode may forbid what is done in it
+            path.chmod(mode)
+    except (tarfile.TarError, ValueError, OverflowError):
         raise ImageDamaged("the memory image holds no archive") from None
     except OSError as error:
         raise StorageError(f"the VM's memory cannot be restored: {error.strerror}") from None
 
 
-def _extract(tar: tarfile.TarFile, entry: tarfile.TarInfo, directory: Path) -> None:
+def _place(entry: tarfile.TarInfo, directory: Path) -> Path:
     name = PurePosixPath(entry.name)
-    if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in entry.name:
+    if name.is_absolute() or ".." in name.parts or not name.parts:
         raise ImageDamaged("the memory image names a file outside of the VM's memory")
-    path = directory / name
-    if entry.isdir():
-        path.mkdir(mode=0o700)
-    elif entry.isreg():
-        source = tar.extractfile(entry)
-        assert source is not None  # noqa: S101  # a regular file has content
-        with path.open("xb") as file:
-            file.write(source.read())
-        path.chmod(entry.mode & 0o777)
-        os.utime(path, (entry.mtime, entry.mtime))
-    else:
+    if not (entry.isdir() or (entry.isreg() and not entry.issparse())):
         raise ImageDamaged("the memory image holds something else than files and directories")
+    return directory / name
+
+
+def _extract(tar: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> None:
+    source = tar.extractfile(entry)
+    assert source is not None  # noqa: S101  # a regular file has content
+    content = source.read()
+    if len(content) != entry.size:
+        raise ImageDamaged("the memory image ends inside a file")
+    with path.open("xb") as file:
+        file.write(content)
+    os.utime(path, (entry.mtime, entry.mtime))
 
 
 def seal(vm_key: bytes, vm_id: uuid.UUID, archive: bytes) -> bytes:

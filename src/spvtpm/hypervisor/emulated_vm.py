@@ -14,17 +14,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
 from spvtpm.files import read_file, replace_file, sync_directory
+from spvtpm.files.removal import remove_tree
 from spvtpm.hypervisor.frames import ask, connected
 from spvtpm.hypervisor.machine_process import MachineProcess
 from spvtpm.hypervisor.virtual_machine import Boot, Console, MachineState
@@ -274,10 +275,12 @@ class EmulatedVm:
         return await asyncio.to_thread(read_file, self.image, MAX_IMAGE_BYTES, private=False)
 
     async def remove(self) -> None:
-        """Removes all that the host has of it."""
-        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
-        if self._directory.exists():
-            raise StorageError(f"cannot remove {self._directory}")
+        """Removes all that the host has of it.
+
+        Raises:
+            StorageError: something cannot be removed.
+        """
+        await asyncio.to_thread(remove_tree, self._directory)
 
     def console(self) -> Console:
         """Its console.
@@ -372,6 +375,7 @@ def _clear_directory(directory: Path) -> None:
         if path.name == "image":
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(StorageError):  # the machine that comes next says so
+                remove_tree(path)
         else:
             path.unlink(missing_ok=True)
