@@ -17,8 +17,8 @@ from typing import Any, Self
 
 from sqlalchemy import Engine, event
 
+from spvtpm.cloud.database import Database
 from spvtpm.cloud.duties import Duties
-from tests.cloud.platform_database import connect
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -105,15 +105,15 @@ def main() -> None:
     """See above."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel("WARNING")
-    database = connect(sys.stdin.readline().strip())
-    duties = Duties(database, replica=sys.argv[1], patience_s=float(sys.argv[2]), look_every_s=0.5)
-    die_at(database, int(sys.argv[3]))
+    database = Database(sys.stdin.readline().strip())
+    duties = Duties(database.engine, replica=sys.argv[1], patience_s=float(sys.argv[2]), look_every_s=0.5)
+    die_at(database.engine, int(sys.argv[3]))
     duties.start()
     sys.stdout.write("up\n")
     sys.stdout.flush()
     sys.stdin.read()
     duties.close()
-    database.dispose()
+    database.close()
 
 
 if __name__ == "__main__":
