@@ -8,34 +8,14 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Engine, Row, create_engine, event, insert, make_url, select
+from sqlalchemy import Row, insert, select
 
 from spvtpm.cloud import operations, tables
+from spvtpm.cloud.database import Database
 from spvtpm.wire.platform_api import NewVm, Operation, OperationKind, Wants
 from tests.cloud.agent_double import TOKEN, AgentDouble
 
 USER = "ada"
-
-
-def connect(url: str) -> Engine:
-    """A database whose tables are there."""
-    parts = make_url(url)
-    if parts.get_backend_name() == "postgresql":
-        return create_engine(parts.set(drivername="postgresql+psycopg"))
-    engine = create_engine(parts)
-
-    @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA busy_timeout=30000")
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
 
 
 class PlatformDatabase:
@@ -49,7 +29,8 @@ class PlatformDatabase:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.engine = connect(url)
+        self._database = Database(url)
+        self.engine = self._database.engine
         self.submitted: Callable[[], None] = lambda: None
         tables.metadata.create_all(self.engine)
         with self.engine.begin() as connection:
@@ -109,4 +90,4 @@ class PlatformDatabase:
 
     def close(self) -> None:
         """Ends."""
-        self.engine.dispose()
+        self._database.close()

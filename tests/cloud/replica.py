@@ -6,14 +6,19 @@ python -m tests.cloud.replica NAME          the database's URL comes on standard
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from sqlalchemy import Engine, event
+
+from spvtpm.cloud.database import Database
 from spvtpm.cloud.duties import Duties
-from tests.cloud.platform_database import connect
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,16 +26,23 @@ ROOT = Path(__file__).parent.parent.parent
 class ReplicaProcess:
     """A replica; stops in order at the end of a `with`.
 
+    Args:
+        url: of the database.
+        name: among the replicas.
+        log_path: what it logs goes there.
+        patience_s: how long a step tries to reach a host.
+        die_at: by its own SIGKILL at this statement or commit of the operations that it runs, counted from 1; 0: not.
+
     Attributes:
         process: its process.
         log_path: what it logs.
     """
 
-    def __init__(self, url: str, name: str, log_path: Path, *, patience_s: float = 60.0) -> None:
+    def __init__(self, url: str, name: str, log_path: Path, *, patience_s: float = 60.0, die_at: int = 0) -> None:
         self.log_path = log_path
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.cloud.replica", name, str(patience_s)],
+                [sys.executable, "-m", "tests.cloud.replica", name, str(patience_s), str(die_at)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -48,6 +60,11 @@ class ReplicaProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def await_death(self) -> None:
+        """Waits until it has killed itself."""
+        assert self.process.wait(60) == -signal.SIGKILL, self.log_path.read_text()
+        self._close()
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -69,18 +86,34 @@ class ReplicaProcess:
             pipe.close()
 
 
+def die_at(engine: Engine, number: int) -> None:
+    """Ends this process in the middle of what its operations do with the database."""
+    left = number
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        if threading.current_thread().name.startswith("dbos-executor"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    event.listen(engine, "before_cursor_execute", count)
+    event.listen(engine, "commit", count)
+
+
 def main() -> None:
     """See above."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel("WARNING")
-    database = connect(sys.stdin.readline().strip())
-    duties = Duties(database, replica=sys.argv[1], patience_s=float(sys.argv[2]), look_every_s=0.5)
+    database = Database(sys.stdin.readline().strip())
+    duties = Duties(database.engine, replica=sys.argv[1], patience_s=float(sys.argv[2]), look_every_s=0.5)
+    die_at(database.engine, int(sys.argv[3]))
     duties.start()
     sys.stdout.write("up\n")
     sys.stdout.flush()
     sys.stdin.read()
     duties.close()
-    database.dispose()
+    database.close()
 
 
 if __name__ == "__main__":

@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-import time
+import threading
 import uuid
-from collections.abc import Callable
 
 import pytest
 from sqlalchemy import insert, select
+from sqlalchemy.exc import DBAPIError
 
 from spvtpm.cloud import tables
 from spvtpm.cloud.duties import Duties
 from spvtpm.wire.agent_api import Order
 from spvtpm.wire.errors import WorkerError
-from spvtpm.wire.platform_api import Operation, Wants
+from spvtpm.wire.platform_api import Wants
 from tests.cloud.agent_double import AgentDouble
 from tests.cloud.platform_database import PlatformDatabase
+from tests.cloud.waiting import done, eventually, online, running_vm, state
+from tests.postgres import PostgresServer
 
 # A connection to a unix socket that is refused is closed by httpcore's garbage alone.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket fd=.*, family=1:ResourceWarning")
-
-
-def eventually(holds: Callable[[], object], within_s: float = 30.0) -> None:
-    """Waits for something that the platform does by itself."""
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-
-
-def online(platform: PlatformDatabase, host: str = "h1") -> None:
-    """Waits until the host was looked at."""
-    eventually(lambda: platform.host(host).report is not None and not platform.host(host).failure)
-
-
-def done(platform: PlatformDatabase, operation: Operation) -> Operation:
-    """The operation, which has to end well."""
-    ended = platform.ended(operation)
-    assert ended.state == "done", ended.error
-    assert ended.steps_done == ended.steps
-    return ended
-
-
-def state(platform: PlatformDatabase, vm_id: uuid.UUID) -> str:
-    """Of a VM."""
-    vm = platform.vm(vm_id)
-    assert vm is not None
-    return str(vm.state)
-
-
-def running_vm(platform: PlatformDatabase, agent: AgentDouble, name: str = "one") -> uuid.UUID:
-    """A VM that runs at a host that is online."""
-    vm_id = done(platform, platform.create(name)).vm_id
-    agent.provision(vm_id)
-    done(platform, platform.submit("start", vm_id))
-    assert state(platform, vm_id) == "running"
-    return vm_id
 
 
 def test_a_vms_whole_life(platform: PlatformDatabase, agent: AgentDouble, duties: Duties) -> None:
@@ -303,3 +268,62 @@ def test_an_operation_that_the_engine_lost_is_ended(
     done(platform, asked)
     eventually(lambda: platform.operation(lost["operation_id"]).state == "failed")
     assert platform.vm(lost["vm_id"]) is None
+
+
+def test_stopped_in_order_with_an_order_on_its_way_the_operation_goes_on_at_the_next_start(
+    platform: PlatformDatabase, agent: AgentDouble
+) -> None:
+    asked_for, let_go = threading.Event(), threading.Event()
+
+    def hold(_vm: uuid.UUID, _order: Order) -> None:
+        asked_for.set()
+        assert let_go.wait(60)
+
+    agent.before_order = hold
+    first = Duties(platform.engine, replica="here", look_every_s=0.1)
+    first.start()
+    online(platform)
+    asked = platform.create("one")
+    assert asked_for.wait(60)
+    first.close()
+    let_go.set()
+    assert platform.operation(asked.operation_id).state == "running"
+    second = Duties(platform.engine, replica="here")
+    second.start()
+    done(platform, asked)
+    second.close()
+    assert platform.events(asked.vm_id) == ["asked", "created"]
+
+
+def test_a_database_that_goes_away_delays_operations_and_ends_none(
+    platform: PlatformDatabase, agent: AgentDouble, duties: Duties, request: pytest.FixtureRequest
+) -> None:
+    if platform.engine.name == "sqlite":
+        pytest.skip("a file does not go away")
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    online(platform)
+    vm_id = running_vm(platform, agent)
+    went = threading.Event()
+
+    def power_loss(_vm: uuid.UUID, _order: Order) -> None:
+        if not went.is_set():
+            server.stop("immediate")
+            went.set()
+
+    agent.after_order = power_loss
+    asked = platform.submit("shutdown", vm_id)
+    assert went.wait(60)
+    server.start()
+    eventually(lambda: answers(platform))
+    done(platform, asked)
+    assert state(platform, vm_id) == "stopped"
+    done(platform, platform.submit("start", vm_id))
+
+
+def answers(platform: PlatformDatabase) -> bool:
+    """Whether the database does."""
+    try:
+        platform.host("h1")
+    except DBAPIError:
+        return False
+    return True

@@ -148,6 +148,8 @@ class Workflows:
     def _attempted(self, act: Callable[[], None], patience_s: float) -> _Answer:
         deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
         while True:
+            if self._leaving.is_set():
+                raise Leaving
             try:
                 act()
             except NotCurrent:
@@ -161,6 +163,8 @@ class Workflows:
             except _DATABASE_AWAY:
                 raise
             except Exception:
+                if self._leaving.is_set():  # connections are closed under it
+                    raise Leaving from None
                 logger.exception("a step of an operation broke")
                 return _Answer(problem=problem_of(SpvtpmError("a step broke; the platform's log says how")))
             else:
