@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
+from spvtpm.wire.agent_api import Order
 from tests.cloud.agent_double import AgentDouble
 from tests.cloud.console.browsing import CHROMIUM, log_in, watching
 from tests.cloud.served import REPORT, ServedPlatform, new_vm
@@ -36,11 +38,18 @@ def test_what_a_terminal_has_the_platform_do_is_seen_as_it_is_done(
 ) -> None:
     token = platform.token("alice", "vms")
     ordered = threading.Event()
-    agent.before_order = lambda _vm, _order: ordered.wait(60) and None
+
+    def wait(_vm: uuid.UUID, _order: Order) -> None:
+        ordered.wait(60)
+
+    agent.before_order = wait
     with watching(browser, platform.address) as watched:
         page = watched.context.new_page()
         log_in(page, token)
         expect(page.get_by_text(f"spvtpm login {platform.address}")).to_be_visible()
+        page.goto("/console/hosts")
+        expect(page.get_by_role("row", name="host-1")).to_contain_text("online", timeout=30_000)
+        page.goto("/console/")
         expect(page.locator("#connection")).to_have_text("live")
         page.evaluate("document.isTheSame = true")
         answer = httpx.post(
@@ -67,7 +76,8 @@ def test_a_live_page_that_was_refused_tries_again(platform: ServedPlatform, brow
     with watching(browser, platform.address) as watched, httpx.Client(base_url=platform.address, timeout=60) as client:
         assert client.post("/console/login", data={"token": token}, headers={"Origin": platform.address}).is_redirect
         with client.stream("GET", "/console/", headers={"Accept": "text/event-stream"}) as stream:
-            assert next(stream.iter_lines()) == "event: page"
+            lines = stream.iter_lines()
+            assert next(lines) == "event: page"
             page = watched.context.new_page()
             log_in(page, token)
             expect(page.locator("#connection")).to_have_text("connecting again")
