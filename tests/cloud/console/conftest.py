@@ -13,7 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import Browser
 
+from tests.cloud.console.browsing import launched
 from tests.cloud.console.filling import FilledDatabase
 
 
@@ -39,6 +41,13 @@ class Console:
                 answer = client.post("/console/login", data={"token": self.filled.tokens[user]})
                 assert answer.status_code == 303, answer.text
             yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium; who asks for it is skipped where that is missing."""
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture

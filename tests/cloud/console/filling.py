@@ -46,10 +46,11 @@ class FilledDatabase:
     def close(self) -> None:
         self.database.close()
 
-    def add_user(self, name: str, scope: Scope, *, expires_s: float | None = None) -> None:
+    def add_user(self, name: str, scope: Scope, *, expires_s: float | None = None, note: str = "") -> None:
+        """A user, if it is new, and a token, which is the one in `tokens` from now on."""
         with self.database.write() as connection:
             auth.add_user(connection, name)
-            made = auth.make_token(connection, name, NewToken(scopes=[scope], expires_s=expires_s))
+            made = auth.make_token(connection, name, NewToken(scopes=[scope], note=note, expires_s=expires_s))
             self.tokens[name] = made.secret
 
     def add_host(self, name: str, chip_id: str, **values: Any) -> None:

@@ -17,7 +17,12 @@ class Server(uvicorn.Server):
     """Tells the platform's streams when it is to end."""
 
     def __init__(self, platform: Platform, descriptor: int) -> None:
-        super().__init__(uvicorn.Config(build_app(platform), fd=descriptor, log_level="warning", lifespan="off"))
+        app = build_app(platform)
+        super().__init__(
+            uvicorn.Config(
+                app, fd=descriptor, log_level="warning", lifespan="off", proxy_headers=False
+            )  # as `service.py`
+        )
         self._platform = platform
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

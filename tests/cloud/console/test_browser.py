@@ -2,81 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
+from tests.cloud.console.browsing import CHROMIUM, Watched, log_in, watching
 from tests.cloud.console.conftest import Console
-
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
-        yield launched
-        launched.close()
-
-
-class Watched:
-    """What a browser's pages did.
-
-    Attributes:
-        context: of the browser.
-        requested: origins that requests went to.
-        complaints: errors and warnings of its console; a violated Content-Security-Policy is among them.
-    """
-
-    def __init__(self, context: BrowserContext) -> None:
-        self.context = context
-        self.requested: set[str] = set()
-        self.complaints: list[str] = []
-        context.on(
-            "request", lambda request: self.requested.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url)))
-        )
-        context.on("weberror", lambda error: self.complaints.append(str(error.error)))
-        context.on(
-            "console",
-            lambda message: self.complaints.append(message.text) if message.type in {"error", "warning"} else None,
-        )
-
-
 @pytest.fixture
 def watched(console: Console, browser: Browser) -> Iterator[Watched]:
-    """A browser's context of its own; that it stayed in the origin and had nothing to complain of is seen at the end."""
     console.filled.fill()
-    context = browser.new_context(base_url=console.origin)
-    watched = Watched(context)
-    yield watched
-    context.close()
-    assert watched.requested == {console.origin}
-    assert watched.complaints == []
-
-
-def log_in(page: Page, token: str) -> None:
-    """By keyboard alone: the field has the focus."""
-    page.goto("/console")
-    expect(page.get_by_label("Token")).to_be_focused()
-    page.keyboard.type(token)
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Overview")
+    with watching(browser, console.origin) as watched:
+        yield watched
 
 
 def test_everything_is_reached_by_keyboard_alone(console: Console, watched: Watched) -> None:
@@ -165,7 +107,7 @@ def test_a_narrow_window_need_not_be_scrolled_sideways(console: Console, watched
     page = watched.context.new_page()
     page.set_viewport_size({"width": 360, "height": 700})
     log_in(page, console.filled.tokens["alice"])
-    paths = ["/console/", "/console/vms", "/console/operations", "/console/hosts"]
+    paths = ["/console/", "/console/vms", "/console/operations", "/console/hosts", "/console/tokens"]
     for path in (*paths, f"/console/vms/{console.filled.vms['a' * 63]}"):
         page.goto(path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, path

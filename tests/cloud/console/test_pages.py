@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import time
 import uuid
 
 import pytest
 
+from spvtpm.cli import app
+from spvtpm.cloud import queries
 from tests.cloud.console.conftest import Console
 
 PAGES = ("/console/", "/console/hosts", "/console/vms", "/console/operations")
+TOKENS = "/console/tokens"
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}"
 
 
@@ -63,10 +68,11 @@ def test_hostile_names_are_text(console: Console) -> None:
 
 
 def test_commands_to_type_quote_a_hostile_name(console: Console) -> None:
-    vm_id = console.filled.add_vm("alice", "x; rm -rf ~")
+    vm_id = console.filled.add_vm("alice", "x; rm -rf ~", pcrs=None)
     with console.client("alice") as client:
         page = client.get(f"/console/vms/{vm_id}").text
     assert "spvtpm vm shutdown &#39;x; rm -rf ~&#39;" in page
+    assert page.count("spvtpm vm publish-pcrs &#39;x; rm -rf ~&#39;") == 2
     assert not re.search(r"spvtpm vm [a-z-]+ x; rm", page)
 
 
@@ -100,6 +106,43 @@ def test_an_administrator_sees_all_vms_and_the_agents_addresses(console: Console
         assert "7581" not in hidden
         assert "7581" not in alice.get("/console/").text
         assert "spvtpm vm shutdown" not in root.get(f"/console/vms/{console.filled.vms['web']}").text
+
+
+def test_a_user_sees_his_own_tokens_and_none_of_what_makes_them_tokens(console: Console) -> None:
+    console.filled.add_user("carol", "read", expires_s=time.time() - 86_400, note=HOSTILE)
+    old = console.filled.tokens["carol"]
+    console.filled.add_user("carol", "vms", expires_s=time.time() + 86_400 * 3.5)
+    with console.filled.database.read() as connection:
+        tokens = {user.name: user.tokens for user in queries.list_users(connection)}
+    with console.client("carol") as carol, console.client("root") as root:
+        page, of_root = carol.get(TOKENS).text, root.get(TOKENS).text
+    assert [token.token_id for token in tokens["carol"]] == [
+        uuid.UUID(found) for found in re.findall(r'<code class="id" title="([0-9a-f-]{36})"', page)
+    ]
+    assert "ended 1 d ago" in page
+    assert "in 3 d" in page
+    assert page.count('<span class="tag">this session') == 1
+    assert f"spvtpm cloud remove-token . carol {tokens['carol'][1].token_id}" in page
+    assert "&lt;script&gt;" in page
+    assert "<script>" not in page
+    for secret in (old, console.filled.tokens["carol"]):
+        assert secret not in page
+        assert hashlib.sha256(secret.encode()).hexdigest()[:16] not in page
+    assert not [token for token in tokens["carol"] if str(token.token_id) in of_root]
+
+
+def test_every_command_that_is_shown_is_one(console: Console) -> None:
+    console.filled.fill()
+    for state in ("placed", "stopped", "hibernated"):
+        console.filled.add_vm("alice", f"vm-{state}", state=state, pcrs=None)
+    with console.client("alice") as alice, console.client("bob") as bob:
+        vms = [f"/console/vms/{vm_id}" for name, vm_id in console.filled.vms.items() if name != "secret-of-bob"]
+        text = "".join(alice.get(path).text for path in (*PAGES, TOKENS, *vms))
+        text += "".join(bob.get(path).text for path in PAGES)
+    shown = set(re.findall(r"<code>spvtpm ([a-z]+(?: [a-z]+(?:-[a-z]+)*)?)", text))
+    assert {"vm shutdown", "vm resume", "vm recover", "vm publish-pcrs", "cloud new-token", "chips"} <= shown
+    for words in shown:
+        assert callable(app.parse_commands(words.split())[1][-1].default_command), words
 
 
 def test_lists_have_pages(console: Console) -> None:

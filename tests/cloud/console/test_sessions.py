@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 
 from spvtpm.cloud import auth, tables
 from spvtpm.cloud.console.sessions import SESSION_S, SESSIONS_PER_TOKEN
-from spvtpm.cloud.console.throttle import ATTEMPTS
+from spvtpm.cloud.console.throttle import ATTEMPTS, ATTEMPTS_OF_PEER, Throttle
 from tests.cloud.console.conftest import Console
 
 LOGIN = "/console/login"
@@ -40,7 +40,7 @@ def test_without_a_session_every_page_leads_to_the_login_and_back(console: Conso
         for path in ("/console/", "/console/vms", "/console/hosts", "/console/operations"):
             answer = client.get(path)
             assert (answer.status_code, answer.headers["location"]) == (303, f"{LOGIN}?to={path}")
-            assert client.get(path, headers={"Accept": "text/event-stream"}).status_code == 401
+            assert client.get(path, headers={"Accept": "text/event-stream"}).text == "event: reload\ndata:\n\n"
         form = {"token": console.filled.tokens["alice"], "to": "/console/vms"}
         assert client.post(LOGIN, data=form).headers["location"] == "/console/vms"
 
@@ -191,12 +191,30 @@ def test_who_fails_too_often_waits_also_with_a_right_token(console: Console) -> 
     statuses = [log_in(console, "spv_" + "x" * 43).status_code for _ in range(ATTEMPTS)]
     assert statuses == [401] * ATTEMPTS
     refused = log_in(console, console.filled.tokens["alice"])
-    assert (
-        log_in(console, console.filled.tokens["alice"], X_Forwarded_For="1.2.3.4").status_code == 303
-    )  # somebody else
+    somebody_else = log_in(console, console.filled.tokens["alice"], X_Forwarded_For="192.0.2.4")  # behind a proxy
+    assert somebody_else.status_code == 303
     assert refused.status_code == 429
     assert "set-cookie" not in refused.headers
     assert int(refused.headers["retry-after"]) > 0
+
+
+def test_who_makes_up_what_a_proxy_would_say_waits_as_well(console: Console) -> None:
+    with httpx.Client(base_url=console.origin, headers={"Origin": console.origin}, timeout=30) as client:
+
+        def attempt(number: int, token: str) -> int:
+            headers = {"X-Forwarded-For": f"192.0.2.{number % 256}, 198.51.100.{number}"}
+            return client.post(LOGIN, data={"token": token}, headers=headers).status_code
+
+        statuses = [attempt(number, "spv_" + "x" * 43) for number in range(ATTEMPTS_OF_PEER)]
+        assert statuses == [401] * ATTEMPTS_OF_PEER
+        assert attempt(ATTEMPTS_OF_PEER, console.filled.tokens["alice"]) == 429
+
+
+def test_right_tokens_are_no_failed_attempts() -> None:
+    throttle = Throttle()
+    for _ in range(ATTEMPTS_OF_PEER + 1):
+        throttle.attempt("192.0.2.1", "")
+        throttle.succeeded("192.0.2.1", "")
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe", b"a=1&" * 40_000, b"a&b=1&" * 20])

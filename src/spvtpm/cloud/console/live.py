@@ -35,6 +35,14 @@ AGAIN_S: Final = 10.0
 """After so long without a change it is sent all the same: its relative times go on, and a dead connection is noticed."""
 
 
+_RELOAD: Final = b"event: reload\ndata:\n\n"
+
+
+def have_it_reloaded() -> Response:
+    """The answer instead of a live page, where there is none for this reader."""
+    return Response(_RELOAD, 200, SECURITY_HEADERS, EVENT_STREAM_TYPE)
+
+
 class LivePage:
     """The response: an ASGI application."""
 
@@ -76,7 +84,7 @@ class LivePage:
             except Unavailable:
                 pass  # until the database is back
             except SpvtpmError:
-                yield b"event: reload\ndata:\n\n"
+                yield _RELOAD
                 return
             else:
                 if view != told or time.monotonic() - told_s >= AGAIN_S:

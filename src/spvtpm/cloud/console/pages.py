@@ -6,6 +6,7 @@ Templates escape all that they are given, and contain neither scripts nor styles
 from __future__ import annotations
 
 import hashlib
+import shlex
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +38,7 @@ _FRAGMENTS: Final[dict[type[View], tuple[str, str]]] = {
     views.OneVm: ("vm.html", "vms"),
     views.Operations: ("operations.html", "operations"),
     views.OneOperation: ("operation.html", "operations"),
+    views.Tokens: ("tokens.html", "tokens"),
 }
 """Template of each view, and the part of the console that it belongs to."""
 
@@ -117,11 +119,13 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "when": words.when,
+        "end": words.end,
         "identity": words.identity,
         "duration": words.duration,
         "exactly": words.exactly,
+        "by_number": words.by_number,
+        "quoted": shlex.quote,
     }
-    environment.filters["by_number"] = words.by_number
     environment.tests["untouched"] = words.is_untouched
     environment.globals |= {
         "static": _static_address,

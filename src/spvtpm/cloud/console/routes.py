@@ -5,6 +5,7 @@
     GET  /console/hosts
     GET  /console/vms            ?after=NAME                        GET /console/vms/{vm_id}
     GET  /console/operations     ?before=ID                         GET /console/operations/{operation_id}
+    GET  /console/tokens
     GET  /console/static/{file}
 
 Each page answers `Accept: text/event-stream` with what is new on it (`live.py`).
@@ -22,13 +23,13 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 
 from spvtpm.cloud import auth
 from spvtpm.cloud.console import pages, sessions, views
-from spvtpm.cloud.console.live import LivePage
+from spvtpm.cloud.console.live import LivePage, have_it_reloaded
 from spvtpm.cloud.console.throttle import WITHIN_S, Throttle
 from spvtpm.cloud.places import Places
 from spvtpm.cloud.routing import parse_path, parse_query, read_body
 from spvtpm.cloud.streams import EVENT_STREAM_TYPE
 from spvtpm.wire.errors import MessageError, NotFound, SpvtpmError, TooMany
-from spvtpm.wire.platform_errors import NoSuchToken
+from spvtpm.wire.platform_errors import NoSuchToken, Unavailable
 from spvtpm.wire.problems import problem_of
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ _PAGES: Final[tuple[tuple[str, _Look], ...]] = (
     ("/vms/{vm_id}", views.look_at_vm),
     ("/operations", views.look_at_operations),
     ("/operations/{operation_id}", views.look_at_operation),
+    ("/tokens", views.look_at_tokens),
 )
 
 
@@ -83,11 +85,11 @@ def _answering(handle: _Handle) -> Any:
     async def answer(request: Request) -> ASGIApp:
         try:
             return await handle(request)
-        except NoSuchToken:
-            if _wants_stream(request):
-                return Response(status_code=401, headers=pages.SECURITY_HEADERS)
-            return _redirect(f"{LOGIN}?to={quote(request.scope['path'])}")
         except SpvtpmError as error:
+            if _wants_stream(request) and not isinstance(error, Unavailable):
+                return have_it_reloaded()
+            if isinstance(error, NoSuchToken):
+                return _redirect(f"{LOGIN}?to={quote(request.scope['path'])}")
             problem = problem_of(error)
             return pages.render_error(problem.title, problem.detail, _hint(error), problem.status)
 
@@ -168,11 +170,11 @@ def _log_in(platform: Platform) -> _Handle:
     async def answer(request: Request) -> Response:
         if not _is_same_origin(request):
             return _refuse_origin()
-        address = _client(request)
+        client = _client(request)
         fields = await _read_form(request, platform)
         wanted, token = _own_path(fields.get("to")), fields.get("token", "").strip()
         try:
-            throttle.attempt(address)
+            throttle.attempt(*client)
             await platform.read(lambda connection: auth.principal_of(connection, token))  # before any lock is taken
             cookie = await platform.write(lambda connection: sessions.begin(connection, token))
         except TooMany as error:
@@ -183,7 +185,7 @@ def _log_in(platform: Platform) -> _Handle:
             return pages.render_login(
                 wanted=wanted, error="This is no token of this platform, or it has ended.", status=401
             )
-        throttle.succeeded(address)
+        throttle.succeeded(*client)
         response = _redirect(wanted)
         _set_cookie(response, request, cookie, sessions.SESSION_S)
         return response
@@ -248,11 +250,11 @@ def _refuse_origin() -> Response:
     )
 
 
-def _client(request: Request) -> str:
-    """Who is throttled: the address, and what a proxy has said last; one that is made up spares nobody a wrong token."""
-    address = request.client.host if request.client is not None else ""
-    said = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
-    return f"{address} {said[:64]}"
+def _client(request: Request) -> tuple[str, str]:
+    """Who is throttled: the peer's address, and whom a proxy has named last, which anybody may make up."""
+    peer = request.client.host if request.client is not None else ""
+    forwarded = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    return peer, forwarded[:64]
 
 
 def _address(request: Request) -> str:

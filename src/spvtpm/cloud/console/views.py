@@ -16,7 +16,7 @@ from msgspec import Meta
 from spvtpm.cloud import queries
 from spvtpm.cloud.console import numbers
 from spvtpm.wire.errors import NotFound
-from spvtpm.wire.platform_api import Event, Host, Operation, OperationPage, Vm, VmPage
+from spvtpm.wire.platform_api import Event, Host, Operation, OperationPage, Token, Vm, VmPage
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -233,6 +233,30 @@ def look_at_operation(connection: Connection, asked: Asked) -> OneOperation:
         is_busy=operation.state in _OPEN,
         operation=operation,
         vm=vm,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens(View):
+    """The reader's own tokens, without what makes them tokens.
+
+    Attributes:
+        tokens: by age.
+        current: the one that the session was begun with.
+    """
+
+    tokens: list[Token]
+    current: uuid.UUID
+
+
+def look_at_tokens(connection: Connection, asked: Asked) -> Tokens:
+    """The reader's tokens; an administrator sees no other's here, either."""
+    tokens = queries.find_user(connection, asked.principal.user).tokens
+    return Tokens(
+        title="Tokens",
+        announcement=f"Tokens: {len(tokens)}.",
+        tokens=tokens,
+        current=asked.principal.token_id,
     )
 
 

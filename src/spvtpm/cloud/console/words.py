@@ -35,8 +35,19 @@ RESIDENCIES: Final = {
 
 def when(seconds: float) -> Markup:
     """A time of the past, relative, with the exact one as its title."""
-    relative = ago(time.time() - seconds)
-    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exactly(seconds), relative)
+    return _time(seconds, ago(time.time() - seconds))
+
+
+def end(seconds: float | None) -> Markup:
+    """When something ends, or did; None: never."""
+    if seconds is None:
+        return Markup("never")
+    left = seconds - time.time()
+    return _time(seconds, f"in {duration(left)}" if left > 0 else f"ended {ago(-left)}")
+
+
+def _time(seconds: float, words: str) -> Markup:
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exactly(seconds), words)
 
 
 def exactly(seconds: float) -> str:

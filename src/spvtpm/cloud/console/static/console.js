@@ -5,7 +5,9 @@
   const spoken = document.getElementById("spoken");
   const connection = document.getElementById("connection");
   const suffix = " · spvtpm";
+  const againMs = 5000;
   let source = null;
+  let waiting = 0;
   let isOver = "over" in live.dataset;
 
   // Changes what differs and nothing else, so that focus, selection and scrolling stay where they are.
@@ -51,6 +53,7 @@
   }
 
   function close() {
+    clearTimeout(waiting);
     if (source) source.close();
     source = null;
   }
@@ -63,8 +66,10 @@
     source.addEventListener("end", () => { isOver = true; close(); connection.hidden = true; });
     source.addEventListener("reload", () => { close(); location.reload(); });
     source.addEventListener("error", () => {
-      const isLost = source.readyState === EventSource.CLOSED;
-      say(isLost ? "not live: reload the page" : "connecting again", "bad");
+      say("connecting again", "bad");
+      if (source.readyState !== EventSource.CLOSED) return;  // the browser tries again by itself
+      close();
+      waiting = setTimeout(open, againMs * (1 + Math.random()));  // refused for now: its database is away, say
     });
   }
 
