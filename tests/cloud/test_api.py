@@ -32,6 +32,8 @@ from tests.cloud.served import REPORT, ServedPlatform, new_vm, problem
 
 PCRS = {"banks": {"sha256": {"0": "ab" * 32, "23": "00" * 32}}, "read_s": 1.5}
 
+_VM_ID = uuid.UUID("6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11")
+
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPlatform]:
@@ -209,9 +211,7 @@ def test_requests_are_taken_exactly_as_they_are_described(alice: httpx.Client) -
     assert [(one.status_code, problem(one).code) for one in refused] == [(400, "bad-message")] * len(refused)
 
 
-@pytest.mark.parametrize(
-    "vm_id", ["x", "%00", str(uuid.uuid4()).upper(), uuid.uuid4().hex, "{" + str(uuid.uuid4()) + "}"]
-)
+@pytest.mark.parametrize("vm_id", ["x", "%00", str(_VM_ID).upper(), _VM_ID.hex, f"{{{_VM_ID}}}"])
 def test_an_id_that_is_none_leads_nowhere(alice: httpx.Client, vm_id: str) -> None:
     assert problem(alice.get(f"/v1/vms/{vm_id}")).code == "not-found"
 

@@ -6,7 +6,6 @@ import os
 import socket
 import struct
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +27,7 @@ from tests.harness import RunningSp
 pytestmark = pytest.mark.attack("A25")
 
 STATUS = encode_message(messages.GetStatus())
-VM = str(uuid.uuid4())
+VM = "6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11"
 
 
 @pytest.fixture(scope="module")

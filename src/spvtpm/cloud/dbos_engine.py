@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spvtpm.cloud.durable import RunOperation
 
 APPLICATION_VERSION: Final = "1"
-"""Of the workflow function's parts. An operation is finished by a release of the same version alone."""
+"""Of an operation's parts and their order. What a release of another version had begun is not run, but ended as failed."""
 
 _NAME: Final = "spvtpm"
 _WORKFLOW: Final = "run-operation"
@@ -112,7 +112,9 @@ class DbosEngine:
         known = DBOS.list_workflows(
             workflow_ids=[str(one) for one in operation_ids], load_input=False, load_output=False
         )
-        return set(operation_ids) - {uuid.UUID(one.workflow_id) for one in known if one.status in _OPEN}
+        ours = {None, APPLICATION_VERSION}
+        waited_for = {one.workflow_id for one in known if one.status in _OPEN and one.app_version in ours}
+        return {one for one in operation_ids if str(one) not in waited_for}
 
     def close(self) -> None:
         self._workflow = None
