@@ -61,8 +61,8 @@ def watching(browser: Browser, origin: str) -> Iterator[Watched]:
     watched = Watched(context)
     yield watched
     context.close()
-    assert watched.requested == {origin}
-    assert watched.complaints == []
+    assert watched.requested == {origin}, watched.requested
+    assert not watched.complaints, watched.complaints
 
 
 def log_in(page: Page, token: str) -> None:
