@@ -113,3 +113,15 @@ def test_a_user_that_belongs_to_no_vm_is_refused_before_the_boot(sp: RunningSp) 
     with pytest.raises(PermissionRefused, match="no user of VMs"):
         sp.info(LaunchVm(vm_id=vm_id, vm_uid=12_345))
     assert sp.vm(vm_id).boots == 0
+
+
+@pytest.mark.attack("A23")
+def test_whoever_is_refused_again_and_again_fills_no_log(sp: RunningSp) -> None:
+    vm_id = new_vm(sp)
+    launched = sp.info(LaunchVm(vm_id=vm_id))
+    assert read(launched.launch_secret)
+
+    for _ in range(50):
+        assert read(launched.launch_secret) == b""
+
+    assert sp.log().count("its launch secret was refused") == 1

@@ -94,9 +94,9 @@ class _Offer:
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         connection.close()
-        log.warning("VM %s: its launch secret was refused: %s", self._vm_id, why)
-        if not self._has_refused:  # one event a boot: who tries a thousand times does not wash the others away
+        if not self._has_refused:  # once a boot: who tries a thousand times washes nothing away, and fills no disk
             self._has_refused = True
+            log.warning("VM %s: its launch secret was refused: %s", self._vm_id, why)
             self._begin(self._tell(why))
 
     def _begin(self, work: Awaitable[None]) -> None:
