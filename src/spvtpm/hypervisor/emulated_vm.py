@@ -329,7 +329,7 @@ class EmulatedVm:
         self._state = "starting"
 
     def _watch(self, pid: int) -> None:
-        self._process = MachineProcess(pid, self._ended)
+        self._process = MachineProcess(pid, self._ended, self._users.alone(self._own.stat().st_uid))
 
     def _ended(self) -> None:
         process = self._process

@@ -8,6 +8,9 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+_ROUNDS: Final = 100
 
 
 class MachineProcess:
@@ -16,13 +19,15 @@ class MachineProcess:
     Args:
         pid: of the process.
         on_end: called in the event loop when it has ended, whoever ended it.
+        uid: of a user whose processes all end with it; None: those of its session do.
 
     Raises:
         ProcessLookupError: there is none.
     """
 
-    def __init__(self, pid: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, pid: int, on_end: Callable[[], None], uid: int | None = None) -> None:
         self.pid = pid
+        self._uid = uid
         self._descriptor = os.pidfd_open(pid)
         self._on_end = on_end
         self.ended = asyncio.Event()
@@ -31,14 +36,24 @@ class MachineProcess:
     def _has_ended(self) -> None:
         asyncio.get_running_loop().remove_reader(self._descriptor)
         os.close(self._descriptor)
-        for pid in _processes():  # before it is buried: until then, nobody else has its number
-            with suppress(ProcessLookupError, PermissionError):
-                if os.getsid(pid) == self.pid:
-                    os.kill(pid, signal.SIGKILL)
+        for _ in range(_ROUNDS):  # before it is buried: until then, nobody else has its number
+            if not self._end_what_it_started():
+                break
         with suppress(ChildProcessError):  # one that an earlier agent started is not ours to bury
             os.waitpid(self.pid, os.WNOHANG)
         self.ended.set()
         self._on_end()
+
+    def _end_what_it_started(self) -> bool:
+        """Returns whether there was anything of its user's: that may have started others meanwhile."""
+        found = False
+        for pid in _processes():
+            with suppress(OSError, ValueError):
+                is_its_users = self._uid is not None and _uid(pid) == self._uid and not _is_zombie(pid)
+                if is_its_users or os.getsid(pid) == self.pid:
+                    os.kill(pid, signal.SIGKILL)
+                found = found or is_its_users
+        return found
 
     async def wait(self, patience_s: float) -> bool:
         """Waits for its end; False: it goes on."""
@@ -72,6 +87,10 @@ def find_machines(command: str) -> dict[Path, int]:
 
 def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208  # names alone
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
 def _uid(pid: int) -> int:

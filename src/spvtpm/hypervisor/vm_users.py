@@ -69,6 +69,11 @@ class VmUsers:
         free = (uid for uid in range(first, first + count) if uid not in used)
         return next(free, first)
 
+    def alone(self, uid: int) -> int | None:
+        """The user id, if it is one VM's alone; otherwise None."""
+        sharing = [path for path in self._directory.glob("*/machine") if path.stat().st_uid == uid]
+        return uid if uid != os.geteuid() and len(sharing) == 1 else None
+
     def identity(self, uid: int) -> Identity:
         """What makes a process one of this user."""
         if uid == os.geteuid():
