@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 
 import pytest
@@ -237,6 +238,27 @@ def test_another_chip_under_a_hosts_name_gets_no_vm(
     ended = platform.ended(platform.create("one"))
     assert ended.error is not None and "its secure processor is another one" in ended.error.detail
     assert platform.host("h1").chip_id == "01" * 16
+
+
+def test_a_host_that_does_not_answer_takes_no_other_host_away(
+    platform: PlatformDatabase, agent: AgentDouble, other_agent: AgentDouble, duties: Duties
+) -> None:
+    online(platform)
+    online(platform, "h2")
+    asked, over = threading.Event(), threading.Event()
+
+    def silence(*_request: object) -> bytes:
+        asked.set()
+        over.wait()
+        return b"{}"
+
+    other_agent.answer = silence  # type: ignore[method-assign, assignment]
+    try:
+        assert asked.wait(30)
+        before = platform.host("h1").seen_s
+        eventually(lambda: platform.host("h1").seen_s > before + 5, within_s=15)
+    finally:
+        over.set()
 
 
 def test_one_chip_at_two_hosts_is_believed_of_the_first(

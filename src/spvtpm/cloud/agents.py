@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import httpx
@@ -22,6 +23,7 @@ ANSWER_TIMEOUT_S: Final = 30.0
 """How long an agent may take for an order. It may be asked again: an order is repeatable, and the agent goes on with it."""
 
 _CONNECT_TIMEOUT_S: Final = 5.0
+_WHOLE_ANSWER_S: Final = 120.0
 _MAX_REPORT_BYTES: Final = 4 << 20  # a page of reports, each with two sentences
 _Answer = TypeVar("_Answer")
 
@@ -117,7 +119,10 @@ class Agent:
 
 def _bounded(response: httpx.Response, max_bytes: int, *, cut: bool) -> bytes:
     body = bytearray()
-    for chunk in response.iter_raw(65_536):
+    deadline = time.monotonic() + _WHOLE_ANSWER_S
+    for chunk in response.iter_raw():  # as it comes: one that drips would never fill a larger one
+        if time.monotonic() > deadline:
+            raise Unavailable(f"the agent's answer is not whole after {_WHOLE_ANSWER_S:g} s")
         body += chunk
         if len(body) > max_bytes:
             if cut:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -32,7 +32,9 @@ TAKEN_AFTER_S: Final = 30.0
 
 _MOST_VMS: Final = 65_536
 _MAX_FAILURE: Final = 2048
-_LOOKERS: Final = 8
+_LOOKERS: Final = 32
+_LOOK_S: Final = 3.0
+"""Shorter than `hosts.ONLINE_WITHIN_S`: no host that answers is taken for one that is away because another does not."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Watch:
         self._submitted = submitted
         self._taken_after_s = taken_after_s
         self._taken: dict[uuid.UUID, float] = {}  # since when, monotonic
+        self._looking: dict[str, Future[None]] = {}
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="watch")
 
     def close(self) -> None:
@@ -62,10 +65,15 @@ class Watch:
         self._lookers.shutdown(wait=True, cancel_futures=True)
 
     def look(self) -> None:
-        """Looks at every host once."""
+        """Looks at every host once. One that is slow is waited for a moment, and left out until it has answered."""
         with self._database.connect() as connection:
             rows = connection.execute(select(tables.hosts)).all()
-        list(self._lookers.map(self._look_at, rows))
+        for row in rows:
+            if row.name not in self._looking:
+                self._looking[row.name] = self._lookers.submit(self._look_at, row)
+        done, _late = wait(self._looking.values(), timeout=_LOOK_S)
+        for name in [name for name, looking in self._looking.items() if looking in done]:
+            self._looking.pop(name).result()
 
     def _look_at(self, host: Row[Any]) -> None:
         with self._database.connect() as connection:
