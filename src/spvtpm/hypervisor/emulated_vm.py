@@ -296,8 +296,12 @@ class EmulatedVm:
         self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._directory.chmod(0o711)  # whatever the umask took
         if not self._own.exists():
-            self._own.mkdir(mode=0o700)
-            os.chown(self._own, self._users.next_uid(), -1)
+            new = self._own.with_name("machine.new")  # a machine's directory is its user's, or not there
+            remove_tree(new)
+            uid = self._users.next_uid()
+            new.mkdir(mode=0o700)
+            os.chown(new, uid, -1)
+            new.rename(self._own)
 
     async def _clear(self) -> None:
         """Removes what a machine that is gone has left behind: sockets, and memory in clear. Its image stays."""

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Final, TypedDict
 
+from spvtpm.wire.errors import ResourceError
+
 log = logging.getLogger(__name__)
 
 _TRY_S: Final = 60.0
@@ -61,13 +63,20 @@ class VmUsers:
         return ""
 
     def next_uid(self) -> int:
-        """A user id for another VM: the first that no VM has. Where there are none left, two VMs share one."""
+        """A user id for another VM: the first that no VM has.
+
+        Raises:
+            ResourceError: there is none left, and two VMs never share one: whoever is its user gets a VM's key.
+        """
         if self._uids is None:
             return os.geteuid()
         first, count = self._uids
         used = {path.stat().st_uid for path in self._directory.glob("*/machine")}
         free = (uid for uid in range(first, first + count) if uid not in used)
-        return next(free, first)
+        uid = next(free, None)
+        if uid is None:
+            raise ResourceError(f"all {count} user ids for VMs are taken: `vm_uids` in the agent's configuration")
+        return uid
 
     def alone(self, uid: int) -> int | None:
         """The user id, if it is one VM's alone; otherwise None."""
