@@ -316,6 +316,34 @@ def test_stopped_in_order_with_an_order_on_its_way_the_operation_goes_on_at_the_
     assert platform.events(asked.vm_id) == ["asked", "created"]
 
 
+def test_what_a_release_with_other_steps_had_begun_is_ended_as_failed(
+    platform: PlatformDatabase, agent: AgentDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for, let_go = threading.Event(), threading.Event()
+
+    def hold(_vm: uuid.UUID, _order: Order) -> None:
+        asked_for.set()
+        assert let_go.wait(60)
+
+    agent.before_order = hold
+    first = Duties(platform.engine, replica="here", look_every_s=0.1)
+    first.start()
+    online(platform)
+    asked = platform.create("one")
+    assert asked_for.wait(60)
+    first.close()
+    let_go.set()
+    monkeypatch.setattr("spvtpm.cloud.dbos_engine.APPLICATION_VERSION", "another")
+    monkeypatch.setattr("spvtpm.cloud.duties._LOST_AFTER_S", 0.0)
+    second = Duties(platform.engine, replica="here", look_every_s=0.1)
+    second.start()
+    ended = platform.ended(asked)
+    assert ended.error is not None and "lost on the way" in ended.error.detail
+    assert platform.vm(asked.vm_id) is None
+    eventually(lambda: agent.vms[asked.vm_id].want == "absent")  # what it had begun is swept up
+    second.close()
+
+
 def test_a_database_that_goes_away_delays_operations_and_ends_none(
     platform: PlatformDatabase, agent: AgentDouble, duties: Duties, request: pytest.FixtureRequest
 ) -> None:
