@@ -17,17 +17,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from msgspec.structs import replace
 
 from spvtpm.processor.daemon import initialise
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.machines import Site
+from spvtpm.terminal.platform import Platform
 from spvtpm.vendor.authority import init_vendor, read_revocation_list
 from spvtpm.vendor.factory import manufacture_chip
 from tests.harness import RunningSp
@@ -164,6 +167,20 @@ class CloudUser:
         """Goes to this replica from now on."""
         assert self.token_file is not None
         self.run("login", url, "--token-file", str(self.token_file))
+
+    @contextmanager
+    def site(self, url: str | None = None, patience_s: float = 5.0) -> Iterator[Site]:
+        """What the command line works with, in this process: for more commands than processes can be started for.
+
+        Args:
+            url: of another way to the platform than that of `use`.
+            patience_s: how long a request is repeated while the platform is away.
+        """
+        keyring = Keyring.open(self.keyring, bytes)
+        account = keyring.content.account
+        assert account is not None
+        with Platform(replace(account, url=url or account.url), patience_s) as platform:
+            yield Site(keyring, platform)
 
 
 class CloudStack:
