@@ -72,9 +72,9 @@ _Command = Callable[[], object]
 
 def _commands(site: Site, name: str, state: str) -> dict[str, _Command]:
     """What an owner may say of a VM in this state; more often first."""
-    away = {"destroy": partial(destroy, site, name)}
+    away: dict[str, _Command] = {"destroy": partial(destroy, site, name)}
     start, resume = partial(begin, site, name, "start"), partial(begin, site, name, "resume")
-    home = {"recover": partial(recover, site, name)}
+    home: dict[str, _Command] = {"recover": partial(recover, site, name)}
     match state:
         case "none" | "unmade":
             return {"create": partial(create, site, new_vm(name))}
