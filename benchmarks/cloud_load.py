@@ -1,4 +1,4 @@
-"""A cloud under load: VMs made, used and shut down through the platform, by several owners at once; how long, how large."""
+"""A cloud under load: VMs made, used and shut down through the platform, by several terminals at once; how long, how large."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from spvtpm.terminal.creation import create
 from spvtpm.terminal.departure import end
 from spvtpm.terminal.machines import Site
 from spvtpm.terminal.owned import OwnedVm
+from spvtpm.terminal.platform import Platform
 
-_OWNERS = 8
-"""Each has a keyring, and says one command at a time."""
+_TERMINALS = 8
+"""Of one user, each with a keyring of its own."""
 
 _HOSTS = 2
 _USE = ("tpm2_getrandom", "--hex", "16")
@@ -71,8 +72,8 @@ def _one_after_the_other(site: Site, names: Sequence[str], command: _Command) ->
 
 
 def _phase(sites: Sequence[Site], vms: int, words: str, command: _Command) -> list[Row]:
-    """All owners at once, each with his share of the VMs."""
-    shares = [[f"vm{number}" for number in range(owner, vms, len(sites))] for owner in range(len(sites))]
+    """All terminals at once, each with its share of the VMs."""
+    shares = [[f"vm{number}" for number in range(first, vms, len(sites))] for first in range(len(sites))]
     begin = time.perf_counter_ns()
     with ThreadPoolExecutor(len(sites)) as pool:
         parts = list(pool.map(_one_after_the_other, sites, shares, [command] * len(sites)))
@@ -81,7 +82,7 @@ def _phase(sites: Sequence[Site], vms: int, words: str, command: _Command) -> li
     figure = Figure.of_times(times, "ms")
     slowest = statistics.quantiles([time_ns / 1e6 for time_ns in times], n=100, method="inclusive")[98]
     return [
-        Row(words, "ms", figure, note=f"{len(sites)} owners at once, each with one command at a time"),
+        Row(words, "ms", figure, note=f"{len(sites)} terminals at once, each with one command at a time"),
         Row(f"{words}: 99th percentile", "ms", Figure(slowest, samples=len(times))),
         Row(f"{words}: throughput", "VMs/s", Figure(vms / took_s)),
     ]
@@ -139,7 +140,11 @@ def measure_cloud(scratch: Path, *, vms: int, progress: Progress) -> Section:
     progress("a cloud of two hosts")
     with ExitStack() as cleanup:
         cloud = cleanup.enter_context(CloudStack(scratch / "c", _HOSTS))
-        sites = [cleanup.enter_context(cloud.user(f"owner{number}").site()) for number in range(min(_OWNERS, vms))]
+        account = cloud.user("user").account()
+        sites = [
+            Site(cloud.keyring(f"terminal-{number}"), cleanup.enter_context(Platform(account)))
+            for number in range(min(_TERMINALS, vms))
+        ]
         rows, memory = list[Row](), _parts(cloud, "before", has_targets=False)
         for number, (words, command) in enumerate(_PHASES):
             progress(f"cloud: {vms} VMs: {words}")
@@ -150,5 +155,5 @@ def measure_cloud(scratch: Path, *, vms: int, progress: Progress) -> Section:
     return Section(
         f"Cloud: {vms} VMs on {_HOSTS} hosts, through the platform on SQLite",
         rows + memory,
-        ["Everything, the owners too, shares this machine. Memory: PSS. swtpm has no such thing."],
+        ["Everything, the terminals too, shares this machine. Memory: PSS. swtpm has no such thing."],
     )
