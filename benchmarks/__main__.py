@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from tests.harness import RunningSp
 
+from benchmarks.cloud_load import measure_cloud
 from benchmarks.density import measure_density
 from benchmarks.instances import measure_instances
 from benchmarks.lifecycle import measure_lifecycle
@@ -43,7 +44,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer samples: about half a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--vtpms", type=_counts, metavar="N,N,…", help="default 1,10,100,1000; quick: 1,10,100")
+    parser.add_argument("--cloud-vms", type=int, metavar="N", help="VMs of the cloud; 0: none. Default 200; quick: 16")
     arguments = parser.parse_args()
+    if arguments.cloud_vms is None:
+        arguments.cloud_vms = 16 if arguments.quick else 200
     if arguments.vtpms is None:
         arguments.vtpms = [1, 10, 100] if arguments.quick else [1, 10, 100, 1000]
     return arguments
@@ -91,6 +95,8 @@ def main() -> int:
             sections.append(measure_instances(sp, quick=arguments.quick, progress=progress))
         with RunningSp(scratch / "many", _CONFIG) as sp:
             sections.append(measure_density(sp, swtpm_path, scratch, counts=arguments.vtpms, progress=progress))
+        if arguments.cloud_vms > 0:
+            sections.append(measure_cloud(scratch, vms=arguments.cloud_vms, progress=progress))
     gc.collect()
     _print(console, where, sections)
     if arguments.json is not None:

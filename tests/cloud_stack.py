@@ -17,17 +17,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from msgspec.structs import replace
 
 from spvtpm.processor.daemon import initialise
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.machines import Site
+from spvtpm.terminal.owned import Account
+from spvtpm.terminal.platform import Platform
 from spvtpm.vendor.authority import init_vendor, read_revocation_list
 from spvtpm.vendor.factory import manufacture_chip
 from tests.harness import RunningSp
@@ -165,6 +169,25 @@ class CloudUser:
         assert self.token_file is not None
         self.run("login", url, "--token-file", str(self.token_file))
 
+    def account(self) -> Account:
+        """The way to the platform, and the token."""
+        account = Keyring.open(self.keyring, bytes).content.account
+        assert account is not None
+        return account
+
+    @contextmanager
+    def site(self, url: str | None = None, patience_s: float = 5.0) -> Iterator[Site]:
+        """What the command line works with, in this process: for more commands than processes can be started for.
+
+        Args:
+            url: of another way to the platform than that of `use`.
+            patience_s: how long a request is repeated while the platform is away.
+        """
+        keyring = Keyring.open(self.keyring, bytes)
+        account = self.account()
+        with Platform(replace(account, url=url or account.url), patience_s) as platform:
+            yield Site(keyring, platform)
+
 
 class CloudStack:
     """The whole.
@@ -251,13 +274,17 @@ class CloudStack:
 
     def user(self, name: str, replica: int = 0, scopes: tuple[str, ...] = ("vms",)) -> CloudUser:
         """A new user, logged in at a replica, with a keyring that trusts the vendor."""
+        user = CloudUser(self.keyring(name).directory, self.token(name, *scopes))
+        user.use(self.urls[replica])
+        return user
+
+    def keyring(self, name: str) -> Keyring:
+        """A new keyring that trusts the vendor, and knows no platform."""
         keyring = Keyring.create(self.directory / name / "spvtpm")
         root = x509.load_pem_x509_certificate((self.vendor / "root.pem").read_bytes())
         keyring.trust_root(root.public_bytes(Encoding.DER))
         keyring.put_revocation_list(read_revocation_list(self.vendor).crl.public_bytes(Encoding.DER))
-        user = CloudUser(keyring.directory, self.token(name, *scopes))
-        user.use(self.urls[replica])
-        return user
+        return keyring
 
     def close(self) -> None:
         """Ends all of it."""
