@@ -29,7 +29,7 @@ COMMANDS = (up, login, logout, chips, completion)
 
 app = App(
     name="spvtpm",
-    help="Virtual TPM 2.0s inside a secure processor. Start with `spvtpm sp init DIR` and `spvtpm sp run DIR`.",
+    help="Virtual TPM 2.0s inside a secure processor. Start with `spvtpm up`, which runs a cloud on this machine.",
 )
 for group in GROUPS:
     app.command(group)

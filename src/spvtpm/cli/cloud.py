@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from spvtpm.cli.parts import Json, print_json
 from spvtpm.files import create_file, read_file
 from spvtpm.wire.decoding import UNDECODABLE
-from spvtpm.wire.errors import UsageError
+from spvtpm.wire.errors import AlreadyExists, UsageError
 from spvtpm.wire.platform_api import HostAddress, MadeToken, Name, NewToken
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def init(directory: Path, /, *, output: Path | None = None, json: Json = False) 
     from spvtpm.cloud.founding import found_platform
 
     os.umask(0o077)
+    if output is not None and os.path.lexists(output):
+        raise AlreadyExists(f"{output} exists already")
     made = found_platform(directory)
+    _write_token(made, output)
     if not json:
         print(f"platform made in {directory}; run it with: spvtpm cloud run {directory}")
     _tell_token(made, output, json=json)
@@ -176,6 +179,7 @@ def new_token(
         raise UsageError(f"such a token cannot be made: {error}") from None
     with _writing(directory) as connection:
         made = auth.make_token(connection, _name(user), new)
+        _write_token(made, output)  # before the commit: a token that nobody got is none
     _tell_token(made, output, json=json)
 
 
@@ -277,9 +281,12 @@ def _name(name: str) -> str:
         raise UsageError("a name has 1 to 63 lower-case letters, digits and inner hyphens") from None
 
 
-def _tell_token(made: MadeToken, output: Path | None, *, json: bool) -> None:
+def _write_token(made: MadeToken, output: Path | None) -> None:
     if output is not None:
         create_file(output, f"{made.secret}\n".encode())
+
+
+def _tell_token(made: MadeToken, output: Path | None, *, json: bool) -> None:
     if json:
         print_json(made.token if output is not None else made)
     elif output is not None:

@@ -73,11 +73,13 @@ class _Bars:
         self._bytes = Progress(words, BarColumn(), DownloadColumn(), console=console, transient=True)
         self._shown: Progress | None = None
         self._is_seen = is_seen
+        self._has_begun = False
 
     def operation(self, operation: Operation) -> None:
         """Shows how far an operation is."""
         from spvtpm.wire.decoding import printable
 
+        self._has_begun = True
         words = f"{operation.kind} {operation.vm_name}: {printable(operation.step)}"
         self._show(self._steps, words, operation.steps_done, operation.steps)
         if operation.state in ("done", "failed"):
@@ -92,8 +94,10 @@ class _Bars:
     def __enter__(self) -> _Bars:
         return self
 
-    def __exit__(self, *_ended: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_ended: object) -> None:
         self._hide()
+        if kind is KeyboardInterrupt and self._has_begun:
+            print("interrupted; the same command again does what is left to do", file=sys.stderr)
 
     def _show(self, bar: object, words: str, done: int, total: int) -> None:
         from rich.progress import Progress

@@ -114,7 +114,7 @@ def hibernate(name: Name, /, *, stay: Stay = False, own: Own = _NO_KEYRING, json
 
 @vm_app.command
 def recover(name: Name, /, *, own: Own = _NO_KEYRING, json: Json = False) -> None:
-    """Bring the vTPM of a VM home that does not run any more, after a power loss say; without another boot.
+    """Bring home the vTPM of a VM that does not run any more, as after a power loss, without another boot.
 
     Example: spvtpm vm recover web
     """

@@ -76,6 +76,7 @@ class Wishes:
     def owned(self, name: str, new: NewVm) -> OwnedVm:
         """A VM of this name, with a new id and a new key."""
         from spvtpm.terminal.owned import OwnedVm
+        from spvtpm.wire.platform_api import Name
 
         policy = {
             "migration_allowed": not new.no_migration,
@@ -84,6 +85,10 @@ class Wishes:
             "direct_path_only": new.direct_path_only,
             "pcr_banks": new.pcr_bank or [],
         }
+        try:
+            msgspec.convert(name, Name)
+        except msgspec.ValidationError:
+            raise UsageError("a VM's name has 1 to 63 lower-case letters, digits and inner hyphens") from None
         told = {
             "name": name,
             "vm_id": uuid.uuid4(),
@@ -111,6 +116,8 @@ def print_lines(lines: Sequence[Line], json: bool) -> None:
     if json:
         print_json([_line_as_dict(line) for line in lines])
         return
+    if not lines:
+        print("no VM yet; `spvtpm vm create NAME` makes one", file=sys.stderr)
     for line in lines:
         print(f"{line.name}  {_said(line.says)}")
         _print_differences(line)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from spvtpm.terminal.machines import Site, chip_of
 from spvtpm.terminal.owned import OwnedVm
-from spvtpm.wire.errors import AlreadyExists, CertificateRefused, SpvtpmError
+from spvtpm.wire.errors import AlreadyExists, CertificateRefused, PcrBankUnknown, SpvtpmError
 from spvtpm.wire.owner_messages import MyVm
 from spvtpm.wire.platform_api import NewVm, Vm
 from spvtpm.wire.platform_errors import PlatformContradicts
@@ -89,15 +89,24 @@ def _chip(site: Site, owned: OwnedVm, vm: Vm) -> bytes:
         site.desk(chip_id, owned).connect().close()
     except CertificateRefused:
         if owned.chip_id is None:
-            with suppress(SpvtpmError):
-                site.run(site.platform.destroy(owned.vm_id))
-                site.keyring.drop_vm(owned.vm_id)
+            _undo(site, owned)
         raise
     return chip_id
+
+
+def _undo(site: Site, owned: OwnedVm) -> None:
+    """Gives the place back, and frees the name, where no chip has anything of the VM."""
+    with suppress(SpvtpmError):
+        site.run(site.platform.destroy(owned.vm_id))
+        site.keyring.drop_vm(owned.vm_id)
 
 
 def _provision(site: Site, owned: OwnedVm, chip_id: bytes) -> None:
     site.keyring.keep_vm(replace(owned, chip_id=chip_id))
     desk = site.desk(chip_id, owned)
     if desk.look(owned.vm_id) is None:
-        desk.provision(owned.vm_id, owned.vm_key, owned.policy, owned.label, inject_key=True)
+        try:
+            desk.provision(owned.vm_id, owned.vm_key, owned.policy, owned.label, inject_key=True)
+        except PcrBankUnknown:  # the chip's own word, which has nothing of it
+            _undo(site, owned)
+            raise

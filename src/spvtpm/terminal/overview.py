@@ -134,7 +134,8 @@ def _line(site: Site, owned: OwnedVm, says: Vm | None) -> Line:
 def _against_keyring(owned: OwnedVm, known: Known | None, says: Vm | None) -> list[str]:
     """What the platform says against the keyring, but for what an operation under way may explain."""
     if says is None:
-        return [f"the platform does not know {owned.name}, which your keyring has"]
+        again = "" if owned.is_made else f"; `spvtpm vm create {owned.name}` again makes it whole"
+        return [f"the platform does not know {owned.name}, which your keyring has{again}"]
     found = []
     if says.name != owned.name:
         found.append(f"the platform calls it {says.name}")

@@ -19,7 +19,7 @@ import msgspec
 
 from spvtpm.terminal.owned import Account
 from spvtpm.terminal.platform_address import parse_address, tls_of
-from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.decoding import UNDECODABLE, printable
 from spvtpm.wire.errors import MessageError, SpvtpmError
 from spvtpm.wire.platform_api import (
     Chip,
@@ -52,6 +52,7 @@ PATIENCE_S: Final = 15.0
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 2.0
 _AWAY = (502, 503, 504)
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=BaseException)
 
 
 class Platform:
@@ -234,9 +235,12 @@ class Platform:
         reason = _cause(error, ssl.SSLCertVerificationError)
         if reason is not None:
             return PlatformUntrusted(f"the certificate of {self.address} is not trusted: {reason.verify_message}")
-        words = (
-            "it took too long" if isinstance(error, httpx.TimeoutException) else str(error) or "the connection broke"
-        )
+        system = _cause(error, OSError)
+        words = (system.strerror if system else None) or str(error) or "the connection broke"
+        if isinstance(error, httpx.TimeoutException):
+            words = "it took too long"
+        elif isinstance(system, ssl.SSLError):
+            words = f"TLS failed, as where only http is spoken ({printable(words)})"
         return Unavailable(f"the platform at {self.address} does not answer: {words}")
 
 
@@ -252,7 +256,7 @@ def _read(response: httpx.Response) -> bytes:
     return bytes(body)
 
 
-def _cause(error: BaseException, kind: type[ssl.SSLCertVerificationError]) -> ssl.SSLCertVerificationError | None:
+def _cause(error: BaseException, kind: type[_E]) -> _E | None:
     """The error of this kind that led to this one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, kind):

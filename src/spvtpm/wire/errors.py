@@ -93,7 +93,7 @@ class ChannelError(PeerError):
     """The confidential channel broke: what came is not what the other side sent, or the other side is another."""
 
     code = "channel"
-    hint = "Open the channel again. If that does not help, something between the two sides alters what they send."
+    hint = "Say it again, if the VM runs: `spvtpm vm show NAME` tells. If it stays so, something alters what is sent."
 
 
 class CertificateError(PeerError):
@@ -121,7 +121,7 @@ class NotFound(PolicyError):
     """No such VM or vTPM."""
 
     code = "not-found"
-    hint = "List what exists: `spvtpm hypervisor list`, or `spvtpm terminal list`. A VM is there once its owner provisions it."
+    hint = "List what exists: `spvtpm vm ls` or `spvtpm terminal list`; for a host's administrator, `spvtpm hypervisor list`."
 
 
 class ChipUnknown(PolicyError):
@@ -135,14 +135,14 @@ class AlreadyExists(PolicyError):
     """The VM, vTPM or file exists already."""
 
     code = "exists"
-    hint = "A VM has one security block, a security block one vTPM; a key or a socket in use is never replaced."
+    hint = "Nothing was replaced. Use what is there, or give another name."
 
 
 class AlreadyInitialised(AlreadyExists):
     """The directory holds a secure processor already."""
 
     code = "initialised"
-    hint = "Run the one that is there, or give another directory. Removing it destroys every vTPM in it."
+    hint = "Run what is there, or give another directory. Removing a secure processor destroys every vTPM in it."
 
 
 class WrongInstanceKeys(PolicyError):
@@ -172,7 +172,7 @@ class WrongState(PolicyError):
     """The VM's or vTPM's state does not allow this command now."""
 
     code = "wrong-state"
-    hint = "Look at the state with `spvtpm hypervisor list`."
+    hint = "Look at the state: `spvtpm vm show NAME`, or at the host `spvtpm hypervisor list`."
 
 
 class PcrBankUnknown(PolicyError):
@@ -293,7 +293,7 @@ class StorageError(ResourceError):
     """Non-volatile storage cannot be read or written."""
 
     code = "storage"
-    hint = "Check free space and permissions of the state directory; the write was not acknowledged."
+    hint = "Check the path, its permissions (secrets: 0600) and free space. A write that failed was not acknowledged."
 
 
 class IntegrityError(StorageError):
@@ -316,7 +316,7 @@ class ConfigError(StorageError):
     """The configuration cannot be read, or says something that makes no sense."""
 
     code = "config"
-    hint = "Correct the file. Every key may be left out; `spvtpm sp init` writes a file that names them all."
+    hint = "Correct the file. `init` of `spvtpm sp`, `spvtpm agent` and `spvtpm cloud` writes one that names all keys."
 
 
 class ChipFileError(StorageError):
@@ -337,7 +337,10 @@ class KeyringError(StorageError):
     """The owner's keyring is missing, damaged or open to others, or its file of an export is."""
 
     code = "keyring"
-    hint = "`spvtpm terminal init` makes a keyring. Restore a damaged one from its backup: directory 0700, files 0600."
+    hint = (
+        "`spvtpm terminal init` makes a keyring; `spvtpm up` tells how to use the one that it has made. "
+        "Restore a damaged one from its backup: directory 0700, files 0600."
+    )
 
 
 class VmKeyError(StorageError):
@@ -354,7 +357,7 @@ class StateInUse(ResourceError):
     """Another secure processor runs on the same state directory."""
 
     code = "in-use"
-    hint = "Stop the other process first, or use a directory of its own."
+    hint = "Stop the other process first, or use another directory."
 
 
 class WorkerError(ResourceError):

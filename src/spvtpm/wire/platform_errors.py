@@ -58,7 +58,7 @@ class Unavailable(ResourceError):
     """Something that the platform needs is away for now: its database, or a host."""
 
     code = "unavailable"
-    hint = "Try again in a moment; it goes on by itself once that is back."
+    hint = "Try again in a moment; it goes on by itself once that is back. If it stays away, check that it runs, and its address."
 
 
 class NotMigrated(StorageError):
