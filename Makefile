@@ -31,7 +31,7 @@ format: ready-dev ## put the code into ruff's format, and fix what ruff can fix
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: ready-test ## measure, side by side with the system's swtpm; ARGS=--quick for half a minute
+bench: ready-test ## measure, side by side with the system's swtpm; ARGS=--quick for a minute
 	$(PYTHON_IN_VENV) -m benchmarks $(ARGS)
 
 fuzz: ready-fuzz ## feed hostile bytes to every parser; MINUTES=10

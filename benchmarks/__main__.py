@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
         description="spvtpm and the system's swtpm, side by side. Needs root, to weigh other users' processes.",
         epilog="Exit codes: 0 all targets reached; 1 one was not; 2 cannot measure here. Example: make bench ARGS=--quick",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer samples: about half a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer samples: about a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--vtpms", type=_counts, metavar="N,N,…", help="default 1,10,100,1000; quick: 1,10,100")
     parser.add_argument("--cloud-vms", type=int, metavar="N", help="VMs of the cloud; 0: none. Default 200; quick: 16")

@@ -33,9 +33,9 @@ _USE = ("tpm2_getrandom", "--hex", "16")
 _NS_PER_S = 1e9
 _KIB_PER_MIB = 1024
 
-_PLATFORM_TARGET_KIB = 256.0 * _KIB_PER_MIB
-_AGENT_TARGET_KIB = 128.0 * _KIB_PER_MIB
-_SP_TARGET_KIB = 128.0 * _KIB_PER_MIB
+_PLATFORM_TARGET_KIB = 192.0 * _KIB_PER_MIB
+_AGENT_TARGET_KIB = 64.0 * _KIB_PER_MIB
+_SP_TARGET_KIB = 96.0 * _KIB_PER_MIB
 """What a part should not exceed once all VMs have left it, however many there were."""
 
 _Command = Callable[[Site, str], object]

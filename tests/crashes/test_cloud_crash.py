@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from spvtpm.cli.vm_parts import run_quietly
 from spvtpm.cloud import tables
 from spvtpm.cloud.agents import Agent
 from spvtpm.cloud.database import Database
+from spvtpm.cloud.service import replica_id
 from spvtpm.terminal.machines import Site
 from spvtpm.terminal.whereabouts import Destroyed, InFile
 from spvtpm.wire.agent_api import VmReport
 from spvtpm.wire.instance_file import MAX_FILE_BYTES, parse_instance_header
 from tests.balancer import Balancer
-from tests.cloud_stack import CloudHost, CloudStack
+from tests.cloud_stack import CloudHost, CloudStack, Daemon
 from tests.crashes.lives import Lives
 from tests.postgres import Database as PostgresDatabase
 
@@ -138,74 +140,107 @@ def verify(crowd: Crowd, lives: Lives) -> None:
     assert running >= len(lives.names) // 2
 
 
-def live(crowd: Crowd, disturb: Callable[[Lives, random.Random], int], kills: int) -> None:
-    """A hundred commands, with at least so many kills meanwhile, and a look at what is left."""
-    lives = Lives(crowd.sites, VMS_EACH, COMMANDS, SEED)
-    died = 0
+@dataclass
+class Toll:
+    """What was killed, and what it met.
 
-    def disturb_and_count(chance: random.Random) -> None:
-        nonlocal died
-        died = disturb(lives, chance)
+    Attributes:
+        kills: how many.
+        met: operations that were under way then, all kills together.
+    """
 
+    kills: int = 0
+    met: int = 0
+
+    def count(self, crowd: Crowd) -> None:
+        """Somebody was killed just now."""
+        self.kills += 1
+        self.met += sum(row.state == "running" for row in crowd.rows(tables.operations))
+
+
+def live(crowd: Crowd, disturb: Callable[[Lives, random.Random, Toll], None]) -> None:
+    """A hundred commands, with kills in the midst of operations, and a look at what is left."""
+    lives, toll = Lives(crowd.sites, VMS_EACH, COMMANDS, SEED), Toll()
     try:
-        lives.run(disturb_and_count)
+        lives.run(lambda chance: disturb(lives, chance, toll))
         verify(crowd, lives)
     finally:
-        print(f"seed {SEED}: {died} kills, {lives.done.total()} commands done: {dict(lives.done)}; said in vain:")
+        print(f"seed {SEED}: {toll}; {lives.done.total()} commands done: {dict(lives.done)}; said in vain:")
         print("\n".join(f"  {word}: {failure}" for word, failure in lives.failures))
         print(Counter((row.kind, row.state) for row in crowd.rows(tables.operations)))
-    assert died >= kills
+    assert toll.kills >= 3
+    assert toll.met
 
 
-def one_after_the_other(
-    kill: Callable[[random.Random], Callable[[], None]], pause: tuple[int, int]
-) -> Callable[[Lives, random.Random], int]:
-    """Kills somebody at random moments; tells how many.
+def live_while_one_dies(
+    crowd: Crowd, kill: Callable[[random.Random], Callable[[], None]], pause: tuple[int, int]
+) -> None:
+    """The same, with somebody killed at random moments, and started again some moment later.
 
     Args:
-        kill: kills; gives what starts whoever it was again, some moment later.
+        crowd: who lives.
+        kill: kills; gives what starts whoever it was.
         pause: how many commands are begun in between, at least and at most.
     """
 
-    def disturb(lives: Lives, chance: random.Random) -> int:
-        kills = 0
+    def disturb(lives: Lives, chance: random.Random, toll: Toll) -> None:
         while not lives.wait(chance.randint(*pause)):
             lives.wait(COMMANDS, chance.random())
             start_again = kill(chance)
-            kills += 1
+            toll.count(crowd)
             lives.wait(COMMANDS, chance.random())
             start_again()
-        return kills
 
-    return disturb
+    live(crowd, disturb)
 
 
-def begun_by_the_dead(crowd: Crowd) -> int:
-    """How many operations replicas went on with that others had begun, as their logs say."""
-    logs = "".join(replica.log() for replica in crowd.cloud.replicas)
-    return sum(int(count) for count in re.findall(r"is dead; it had begun (\d+) operations", logs))
+class Pair:
+    """Two replicas on one PostgreSQL.
+
+    Args:
+        crowd: whose they are.
+        database: in which DBOS has its tables, too.
+    """
+
+    def __init__(self, crowd: Crowd, database: PostgresDatabase) -> None:
+        self.replicas = crowd.cloud.replicas
+        self._names = [replica_id(crowd.cloud.directory / f"cloud-{number}") for number in range(2)]
+        self._database = database
+
+    def busy_one(self) -> Daemon | None:
+        """The replica that works on most operations now; None: none works."""
+        asked = "select executor_id from dbos.workflow_status where status = 'PENDING'"
+        found = Counter(self._database.query(asked).split()).most_common(1)
+        return self.replicas[self._names.index(found[0][0])] if found else None
+
+    def taken_over(self) -> list[int]:
+        """How many operations each of the dead had begun that the other one went on with, as their logs say."""
+        logs = "".join(replica.log() for replica in self.replicas)
+        return [int(count) for count in re.findall(r"is dead; it had begun (\d+) operations", logs)]
 
 
 def test_a_replica_is_killed_and_the_other_one_goes_on(postgres: PostgresDatabase) -> None:
     with crowd(2, postgres.url) as it:
+        pair = Pair(it, postgres)
 
-        def kill_one(lives: Lives, chance: random.Random) -> int:
-            kills = 0
+        def kill_one(lives: Lives, chance: random.Random, toll: Toll) -> None:
             while not lives.wait(chance.randint(5, 12)):
-                lives.wait(COMMANDS, chance.random())
-                for replica in it.cloud.replicas:
-                    if not replica.is_running:
-                        replica.start()
-                victim = chance.choice(it.cloud.replicas)
+                victim = pair.busy_one()
+                if victim is None:
+                    continue
                 victim.kill()
-                kills += 1
-                if chance.random() < 0.5:  # otherwise it stays dead until the next one's turn, or for good
-                    lives.wait(3, 3.0)
-                    victim.start()
-            return kills
+                toll.count(it)
+                if chance.random() < 0.4:
+                    lives.wait(COMMANDS, chance.random())
+                else:  # until the other one has its work, or for good
+                    before = len(pair.taken_over())
+                    while len(pair.taken_over()) == before:
+                        if lives.wait(COMMANDS, 0.5):
+                            return
+                victim.start()
 
-        live(it, kill_one, 3)
-        assert begun_by_the_dead(it)
+        live(it, kill_one)
+        assert sum(pair.taken_over())
 
 
 def test_the_only_replica_is_killed_and_started_again() -> None:
@@ -216,8 +251,7 @@ def test_the_only_replica_is_killed_and_started_again() -> None:
             replica.kill()
             return replica.start
 
-        live(it, one_after_the_other(kill, (8, 16)), 3)
-        assert begun_by_the_dead(it)
+        live_while_one_dies(it, kill, (6, 12))
 
 
 def test_agents_are_killed(postgres: PostgresDatabase) -> None:
@@ -228,7 +262,7 @@ def test_agents_are_killed(postgres: PostgresDatabase) -> None:
             agent.kill()
             return agent.start
 
-        live(it, one_after_the_other(kill, (5, 10)), 3)
+        live_while_one_dies(it, kill, (5, 10))
 
 
 def test_secure_processors_are_killed(postgres: PostgresDatabase) -> None:
@@ -239,4 +273,4 @@ def test_secure_processors_are_killed(postgres: PostgresDatabase) -> None:
             sp.kill()
             return sp.start
 
-        live(it, one_after_the_other(kill, (8, 16)), 3)
+        live_while_one_dies(it, kill, (6, 12))
