@@ -168,7 +168,7 @@ def live(crowd: Crowd, disturb: Callable[[Lives, random.Random, Toll], None]) ->
         print(f"seed {SEED}: {toll}; {lives.done.total()} commands done: {dict(lives.done)}; said in vain:")
         print("\n".join(f"  {word}: {failure}" for word, failure in lives.failures))
         print(Counter((row.kind, row.state) for row in crowd.rows(tables.operations)))
-    assert toll.kills >= 3
+    assert toll.kills >= 2
     assert toll.met
 
 
