@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -47,9 +48,13 @@ ENDS: tuple[End, ...] = ("owner", "vm")
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMachine]:
+def machine() -> Iterator[RunningMachine]:
     """An emulated VM that all tests here have in common: no test can harm it."""
-    with RunningSp(tmp_path_factory.mktemp("c") / "sp") as sp, RunningMachine(sp) as machine:
+    with (
+        TemporaryDirectory(prefix="spvtpm-") as directory,
+        RunningSp(Path(directory) / "sp") as sp,
+        RunningMachine(sp) as machine,
+    ):
         machine.begin()
         yield machine
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
@@ -19,10 +21,13 @@ VM = "6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11"
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+def agent() -> Iterator[RunningAgent]:
     """One agent for all tests here: they change nothing."""
-    directory = tmp_path_factory.mktemp("s")
-    with RunningSp(directory / "sp") as sp, RunningAgent(sp) as running:
+    with (
+        TemporaryDirectory(prefix="spvtpm-") as directory,
+        RunningSp(Path(directory) / "sp") as sp,
+        RunningAgent(sp) as running,
+    ):
         yield running
 
 
