@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
@@ -216,6 +217,18 @@ def test_a_command_that_leaves_something_behind_ends_all_the_same(machine: Runni
 
 def test_a_request_that_comes_with_the_last_frame_of_the_handshake_is_heard(end: OwnersEnd) -> None:
     end.open(Run(arguments=("echo", "early")), EndOfInput())
+    assert end.hear() == Output(stream="stdout", data=b"early\n")
+    assert end.hear() == Ended(code=0)
+
+
+def test_words_that_come_after_the_end_of_a_command_take_none_of_its_output_away(end: OwnersEnd) -> None:
+    end.open(Run(arguments=("echo", "early")))
+    poll = select.poll()
+    poll.register(end.socket, select.POLLRDHUP)
+    assert poll.poll(PATIENCE_S * 1000)  # all is said, and nothing of it heard
+    end.channel.send(encode_console_message(EndOfInput()))
+    for frame in end.channel.frames():
+        end.socket.sendall(encode_frame(frame))  # whoever carries frames would drop the rest if this were refused
     assert end.hear() == Output(stream="stdout", data=b"early\n")
     assert end.hear() == Ended(code=0)
 

@@ -44,6 +44,7 @@ _INTRODUCTION_S: Final = 20.0
 _INPUT_PIECES: Final = 8
 _LOOK_S: Final = 0.5
 _LAST_WORDS_S: Final = 5.0
+_UNHEARD_BYTES: Final = 1 << 16
 
 
 class Console:
@@ -69,6 +70,8 @@ class Console:
             _Conversation(stream, channel, said).serve(self._commands, connection)
         except SpvtpmError as error:
             log.info("a console ended: %s", error)
+        finally:
+            _see_off(connection)
 
     def _open(self, stream: FrameStream) -> tuple[SecureChannel, list[bytes]]:
         """The open channel, and what was said in it already: whoever is between may join frames."""
@@ -99,6 +102,19 @@ class Console:
             is_server=True,
             max_message_bytes=MAX_CONSOLE_MESSAGE_BYTES,
         )
+
+
+def _see_off(connection: socket.socket) -> None:
+    """Waits for the other side to hear all and close. Words of its own that cross ours would be refused by a socket that is
+    closed, and whoever carries them then drops what he has not read yet: the command's output, and its exit code.
+    """
+    deadline = time.monotonic() + _LAST_WORDS_S
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        while (left_s := deadline - time.monotonic()) > 0:
+            connection.settimeout(left_s)
+            if not connection.recv(_UNHEARD_BYTES):
+                return
 
 
 def _next(stream: FrameStream, deadline: float) -> bytes:
