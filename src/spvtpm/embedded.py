@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from spvtpm.files import create_file, read_file
+from spvtpm.files.state_lock import lock_state
 from spvtpm.guest.tcti import TctiServer, listen_unix
 from spvtpm.processor.nv_store import NvStore
-from spvtpm.processor.state_lock import lock_state
 from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.messages import (
     Commit,

@@ -13,7 +13,7 @@ from spvtpm.cloud import tables
 from spvtpm.cloud.duties import Duties
 from spvtpm.wire.agent_api import Order
 from spvtpm.wire.errors import WorkerError
-from spvtpm.wire.platform_api import Wants
+from spvtpm.wire.platform_api import Operation, Wants
 from tests.cloud.agent_double import AgentDouble
 from tests.cloud.platform_database import PlatformDatabase
 from tests.cloud.waiting import done, eventually, online, running_vm, state
@@ -291,9 +291,8 @@ def test_an_operation_that_the_engine_lost_is_ended(
     assert platform.vm(lost["vm_id"]) is None
 
 
-def test_stopped_in_order_with_an_order_on_its_way_the_operation_goes_on_at_the_next_start(
-    platform: PlatformDatabase, agent: AgentDouble
-) -> None:
+def stopped_in_the_middle(platform: PlatformDatabase, agent: AgentDouble) -> Operation:
+    """A creation whose replica was stopped in order while an order was on its way."""
     asked_for, let_go = threading.Event(), threading.Event()
 
     def hold(_vm: uuid.UUID, _order: Order) -> None:
@@ -308,6 +307,13 @@ def test_stopped_in_order_with_an_order_on_its_way_the_operation_goes_on_at_the_
     assert asked_for.wait(60)
     first.close()
     let_go.set()
+    return asked
+
+
+def test_stopped_in_order_with_an_order_on_its_way_the_operation_goes_on_at_the_next_start(
+    platform: PlatformDatabase, agent: AgentDouble
+) -> None:
+    asked = stopped_in_the_middle(platform, agent)
     assert platform.operation(asked.operation_id).state == "running"
     second = Duties(platform.engine, replica="here")
     second.start()
@@ -319,20 +325,7 @@ def test_stopped_in_order_with_an_order_on_its_way_the_operation_goes_on_at_the_
 def test_what_a_release_with_other_steps_had_begun_is_ended_as_failed(
     platform: PlatformDatabase, agent: AgentDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked_for, let_go = threading.Event(), threading.Event()
-
-    def hold(_vm: uuid.UUID, _order: Order) -> None:
-        asked_for.set()
-        assert let_go.wait(60)
-
-    agent.before_order = hold
-    first = Duties(platform.engine, replica="here", look_every_s=0.1)
-    first.start()
-    online(platform)
-    asked = platform.create("one")
-    assert asked_for.wait(60)
-    first.close()
-    let_go.set()
+    asked = stopped_in_the_middle(platform, agent)
     monkeypatch.setattr("spvtpm.cloud.dbos_engine.APPLICATION_VERSION", "another")
     monkeypatch.setattr("spvtpm.cloud.duties._LOST_AFTER_S", 0.0)
     second = Duties(platform.engine, replica="here", look_every_s=0.1)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.files.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.processor.interfaces.offer import MAX_CONNECTIONS
-from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES, listen
+from spvtpm.processor.unix_sockets import listen
 from spvtpm.wire import crb, messages
 from spvtpm.wire.errors import InterfaceError, ResourceError
 from spvtpm.wire.ivshmem import MESSAGE_BYTES, Offer, OfferParser

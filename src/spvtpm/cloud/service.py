@@ -7,13 +7,11 @@ import fcntl
 import hashlib
 import logging
 import os
-import resource
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 
@@ -24,6 +22,8 @@ from spvtpm.cloud.duties import Duties
 from spvtpm.cloud.migrations import verify_migrated
 from spvtpm.cloud.platform import Platform
 from spvtpm.cloud.slow_clients import protocols
+from spvtpm.files.descriptors import raise_descriptor_limit
+from spvtpm.serving.server import OrderlyServer, listen_tcp
 from spvtpm.wire.errors import ResourceError, StateInUse
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
@@ -67,7 +67,7 @@ async def serve(directory: Path, replica: str, listening: Callable[[str], None])
     """
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.WARNING)
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     config = load_config(directory)
     with ExitStack() as ends:
         ends.enter_context(_alone(directory))
@@ -81,33 +81,14 @@ async def serve(directory: Path, replica: str, listening: Callable[[str], None])
         ends.callback(platform.close)
         duties.start()
         try:
-            await _Server(platform, lambda: listening(address)).serve(sockets=[listener])
+            server = OrderlyServer(
+                _uvicorn_config(platform, config),
+                ready=lambda: listening(address),
+                leaving=platform.leave,  # streams end before they are waited for
+            )
+            await server.serve(sockets=[listener])
         finally:
             await asyncio.to_thread(duties.close)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's, which ends streams before it waits for them, and leaves signals to be signals after it has ended."""
-
-    def __init__(self, platform: Platform, listening: Callable[[], None]) -> None:
-        super().__init__(_uvicorn_config(platform, platform.config))
-        self._platform = platform
-        self._listening = listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._listening()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._platform.leave()
-        await super().shutdown(sockets)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        yield  # they stay so: what is left to do is done in order, too
 
 
 def _uvicorn_config(platform: Platform, config: CloudConfig) -> uvicorn.Config:
@@ -177,15 +158,8 @@ def _unix_listener(path: Path) -> tuple[socket.socket, str]:
 
 def _tcp_listener(host: str, port: int) -> tuple[socket.socket, str]:
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener: Any = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener = listen_tcp(host, port, _BACKLOG)
     except OSError as error:
         raise ResourceError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    shown = f"[{host}]" if family == socket.AF_INET6 else host
+    shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
     return listener, f"http://{shown}:{listener.getsockname()[1]}"
-
-
-def _raise_descriptor_limit() -> None:
-    """Each connection has one, each relayed channel two."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

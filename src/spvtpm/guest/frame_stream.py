@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 import time
 
 from spvtpm.wire.errors import ChannelError
@@ -12,7 +11,6 @@ from spvtpm.wire.framing import FrameDecoder, encode_frame
 
 _READ_BYTES = 1 << 16
 _SEND_S = 60.0
-_UCRED = struct.Struct("3i")
 
 
 class FrameStream:
@@ -76,9 +74,3 @@ class FrameStream:
 
 def _left_ms(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """User id of the process on the other end of a unix socket. Source: unix(7), SO_PEERCRED."""
-    _pid, uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid)

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from spvtpm.guest.frame_stream import FrameStream, peer_uid
+from spvtpm.files.unix_sockets import peer_of
+from spvtpm.guest.frame_stream import FrameStream
 from spvtpm.wire.errors import PeerError, ResourceError, SpvtpmError
 from spvtpm.wire.machine_control import (
     MAX_CONTROL_BYTES,
@@ -72,7 +73,7 @@ class MachineSocket:
             except OSError:  # closing; or no descriptor is left, and others may fare better
                 time.sleep(0 if self._closing else _PAUSE_S)
                 continue
-            if peer_uid(connection) not in (0, os.geteuid()) or not self._room.acquire(blocking=False):
+            if peer_of(connection).uid not in (0, os.geteuid()) or not self._room.acquire(blocking=False):
                 log.warning("turned a connection to %s away", self._path.name)
                 connection.close()
                 continue

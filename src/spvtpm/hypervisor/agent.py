@@ -12,13 +12,9 @@ Directory, mode 0711 (VMs may have users of their own):
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
 import logging
 import os
-import resource
 import secrets
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -28,6 +24,9 @@ from typing import Final
 import uvicorn
 
 from spvtpm.files import create_file
+from spvtpm.files.descriptors import raise_descriptor_limit
+from spvtpm.files.state_lock import lock_state
+from spvtpm.files.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.hypervisor.conductor import Conductor
 from spvtpm.hypervisor.config import AgentConfig, load_config, read_token, write_config
 from spvtpm.hypervisor.emulated_vms import EmulatedVms
@@ -35,13 +34,11 @@ from spvtpm.hypervisor.records import Records
 from spvtpm.hypervisor.secure_processor import SecureProcessor
 from spvtpm.hypervisor.service import Service
 from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.errors import ConfigError, ResourceError, StateInUse, StorageError
+from spvtpm.serving.server import OrderlyServer, listen_tcp
+from spvtpm.wire.errors import ConfigError, ResourceError, StorageError
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 log = logging.getLogger(__name__)
-
-MAX_SOCKET_PATH_BYTES: Final = 107
-"""Source: unix(7): sun_path has 108 bytes, the last one zero."""
 
 _LONGEST_SOCKET: Final = f"/vms/{'0' * 36}/machine/control.sock"
 _BACKLOG: Final = 128
@@ -102,12 +99,12 @@ class HostAgent:
     """
 
     def __init__(self, directory: Path) -> None:
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         self._directory = directory.absolute()
         _check_length(self._directory)
         self._config = load_config(self._directory / "agent.toml")
         self._token = read_token(self._directory / "token")
-        self._lock = _lock(self._directory)
+        self._lock = lock_state(self._directory, "agent")
 
     async def run(self, on_ready: Callable[[str], None]) -> None:
         """Serves until SIGTERM or SIGINT, then powers its VMs off. Not to be called again.
@@ -133,58 +130,40 @@ class HostAgent:
             cleanup.push_async_callback(conductor.close)
             await conductor.start()
             service = Service(conductor, sp, self._token)
-            await _Server(service, conductor, self._config, lambda: on_ready(_address(listener, self._config))).serve(
-                sockets=[listener]
+            server = OrderlyServer(
+                _uvicorn_config(service, self._config),
+                ready=lambda: on_ready(_address(listener, self._config)),
+                leaving=conductor.take_no_more,  # those who wait for an order's end are told before they are waited for
             )
+            await server.serve(sockets=[listener])
             log.info("stopping: powering VMs off")
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, which tells those who wait for an order's end before it waits for them; signals stay ours after its end."""
-
-    def __init__(self, service: Service, conductor: Conductor, config: AgentConfig, ready: Callable[[], None]) -> None:
-        super().__init__(
-            uvicorn.Config(
-                service.app(),
-                http="h11",
-                ws="websockets-sansio",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=_MAX_CONNECTIONS,
-                timeout_graceful_shutdown=_LAST_ANSWERS_S,
-                ws_max_size=MAX_CHANNEL_FRAME_BYTES,
-                ws_per_message_deflate=False,  # ciphertext
-                ws_ping_interval=_PING_S,
-                ws_ping_timeout=_PONG_S,
-                ssl_certfile=config.tls_certificate or None,
-                ssl_keyfile=config.tls_key or None,
-            )
-        )
-        self._conductor = conductor
-        self._ready = ready
-        try:
-            self.config.load()
-        except OSError as error:  # ssl.SSLError is one
-            raise ConfigError(f"TLS cannot be had with {config.tls_certificate}: {error.strerror or error}") from None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._conductor.take_no_more()
-        await super().shutdown(sockets)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        yield
+def _uvicorn_config(service: Service, config: AgentConfig) -> uvicorn.Config:
+    made = uvicorn.Config(
+        service.app(),
+        http="h11",
+        ws="websockets-sansio",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        ws_max_size=MAX_CHANNEL_FRAME_BYTES,
+        ws_per_message_deflate=False,  # ciphertext
+        ws_ping_interval=_PING_S,
+        ws_ping_timeout=_PONG_S,
+        ssl_certfile=config.tls_certificate or None,
+        ssl_keyfile=config.tls_key or None,
+    )
+    try:
+        made.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"TLS cannot be had with {config.tls_certificate}: {error.strerror or error}") from None
+    return made
 
 
 def _check_length(directory: Path) -> None:
@@ -193,25 +172,12 @@ def _check_length(directory: Path) -> None:
         raise ConfigError(f"the path {directory} is longer than {longest} bytes: there would be no room for sockets")
 
 
-def _lock(directory: Path) -> int:
-    try:
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot open {directory / 'lock'}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StateInUse(f"another agent uses {directory}") from None
-    return descriptor
-
-
 @contextmanager
 def _listen(directory: Path, config: AgentConfig) -> Iterator[socket.socket]:
     endpoint = config.endpoint()
     path = directory / config.listen
     try:
-        listener = _listen_unix(path) if endpoint is None else _listen_tcp(*endpoint)
+        listener = _listen_unix(path) if endpoint is None else listen_tcp(*endpoint, _BACKLOG)
     except OSError as error:
         raise ResourceError(f"cannot listen on {config.listen}: {error.strerror or error}") from None
     with listener:
@@ -230,17 +196,6 @@ def _listen_unix(path: Path) -> socket.socket:
         os.umask(old)
     listener.listen(_BACKLOG)
     return listener
-
-
-def _listen_tcp(host: str, port: int) -> socket.socket:
-    family, *_others, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server((str(address[0]), port), family=family, backlog=_BACKLOG)
-
-
-def _raise_descriptor_limit() -> None:
-    """Each machine and each relay has some: take as many as this user may have."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _address(listener: socket.socket, config: AgentConfig) -> str:

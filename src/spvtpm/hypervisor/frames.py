@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+from spvtpm.files.unix_sockets import peer_of
 from spvtpm.wire.errors import FrameError, NotRunning, PermissionRefused, ResourceError
 from spvtpm.wire.framing import encode_frame
 
 LENGTH_BYTES: Final = 4
 _BUFFER_BYTES: Final = 1 << 16
-_UCRED: Final = struct.Struct("iII")  # pid, uid, gid. Source: unix(7), SO_PEERCRED
 
 
 class FrameStream:
@@ -37,9 +35,7 @@ class FrameStream:
     @property
     def peer_pid(self) -> int:
         """Process id of whoever listened."""
-        connection = self._writer.get_extra_info("socket")
-        pid, _uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        return int(pid)
+        return peer_of(self._writer.get_extra_info("socket")).pid
 
     async def send(self, frame: bytes) -> None:
         """Hands a frame over; returns once the other side has taken what came before it, or nearly.

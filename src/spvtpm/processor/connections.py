@@ -9,7 +9,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 
-from spvtpm.processor.unix_sockets import Acceptor, listen, peer_uid
+from spvtpm.files.unix_sockets import peer_of
+from spvtpm.processor.unix_sockets import Acceptor, listen
 from spvtpm.wire.errors import PermissionRefused, ResourceError, SpvtpmError
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Connections:
         self._acceptor = Acceptor(listen(path, allowed_uids, limit), path.name, self._admit)
 
     def _admit(self, connection: socket.socket) -> None:
-        refused = self._refused(peer_uid(connection))
+        refused = self._refused(peer_of(connection).uid)
         if refused is not None:
             log.warning("turned a connection to %s away: %s", self._path.name, refused)
             with connection, suppress(OSError):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 import shutil
 import signal
 import uuid
@@ -25,6 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import assert_never
 
+from spvtpm.files.descriptors import raise_descriptor_limit
+from spvtpm.files.state_lock import lock_state
+from spvtpm.files.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.processor.admission import Admission
 from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_identity import FIRMWARE_VERSION, ChannelKeys
@@ -44,8 +46,6 @@ from spvtpm.processor.owner_session import OwnerSession
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.rollback_guard import RollbackGuard, check_epoch
 from spvtpm.processor.security_manager import SecurityManager
-from spvtpm.processor.state_lock import lock_state
-from spvtpm.processor.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.processor.users import Users
 from spvtpm.processor.vm_table import VmTable
 from spvtpm.processor.vtpm_manager import VtpmManager
@@ -137,7 +137,7 @@ class SecureProcessor:
             ResourceError: a socket cannot be had.
             WorkerError: this machine cannot run workers.
         """
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         for sentence in self._missing:
             log.warning("protection: %s", sentence)
         loop = asyncio.get_running_loop()
@@ -250,9 +250,3 @@ def _make_runtime(state: Path, users: Users) -> Path:
     except OSError as error:
         raise StorageError(f"cannot use {error.filename}: {error.strerror}") from None
     return runtime
-
-
-def _raise_descriptor_limit() -> None:
-    """Each vTPM costs about six descriptors: take as many as this user may have."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+from spvtpm.files.unix_sockets import peer_of
 from spvtpm.processor.security_block import VmSecurityBlock
-from spvtpm.processor.unix_sockets import Acceptor, listen, peer_uid
+from spvtpm.processor.unix_sockets import Acceptor, listen
 from spvtpm.wire.errors import SpvtpmError
 from spvtpm.wire.launch_secret import SUFFIX
 
@@ -83,7 +84,7 @@ class _Offer:
         self._acceptor = Acceptor(listen(path, uids, _BACKLOG), path.name, self._admit)
 
     def _admit(self, connection: socket.socket) -> None:
-        uid = peer_uid(connection)
+        uid = peer_of(connection).uid
         if uid not in self._uids:
             self._refuse(connection, f"user {uid} is not the VM's")
         elif self.is_taken:

@@ -6,34 +6,22 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from spvtpm.files.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.wire.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
-MAX_SOCKET_PATH_BYTES = 107
-"""Source: unix(7), sockaddr_un."""
-
 _ACCEPT_PAUSE_S = 0.05
 """When descriptors are exhausted, the socket stays readable: trying again at once would burn a core."""
-
-_UCRED = struct.Struct("3i")
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """User id of the process on the other end of a unix socket. Source: unix(7), SO_PEERCRED."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _pid, uid, _gid = _UCRED.unpack(credentials)
-    return int(uid)
 
 
 def listen(path: Path, allowed_uids: frozenset[int], backlog: int) -> socket.socket:
     """A unix stream socket that listens at `path`; a stale file there is replaced.
 
-    Whom it lets connect is a first hurdle; whoever accepts a connection looks at `peer_uid`.
+    Whom it lets connect is a first hurdle; whoever accepts a connection looks at `peer_of`.
 
     Args:
         path: of the socket.

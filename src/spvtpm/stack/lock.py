@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from spvtpm.files.state_lock import open_lock
 from spvtpm.stack.making import Tell
-from spvtpm.wire.errors import StateInUse, StorageError
+from spvtpm.wire.errors import StateInUse
 
 _MAX_PID_BYTES: Final = 20
 
@@ -25,11 +26,7 @@ def stack_lock(directory: Path, tell: Tell) -> Iterator[int]:
         StateInUse: one runs on it.
         StorageError: the directory cannot be used.
     """
-    path = directory / "lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot open {path}: {error.strerror}") from None
+    descriptor = open_lock(directory)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from spvtpm.files.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.wire.errors import StorageError
 
 USER: Final = "you"
 HOSTS: Final = 2
 
-_LONGEST_BYTES: Final = 107 - len("/agent-1/vms/00000000-0000-0000-0000-000000000000/machine/control.sock")
-"""Of a directory below which every socket's path fits. Source: unix(7), sockaddr_un."""
+_LONGEST_BYTES: Final = MAX_SOCKET_PATH_BYTES - len(
+    "/agent-1/vms/00000000-0000-0000-0000-000000000000/machine/control.sock"
+)
+"""Of a directory below which every socket's path fits."""
 
 
 @dataclass(frozen=True, slots=True)

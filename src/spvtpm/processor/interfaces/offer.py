@@ -17,7 +17,8 @@ from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
 
-from spvtpm.processor.unix_sockets import Acceptor, listen, peer_uid
+from spvtpm.files.unix_sockets import peer_of
+from spvtpm.processor.unix_sockets import Acceptor, listen
 from spvtpm.wire import crb
 from spvtpm.wire.errors import ResourceError
 from spvtpm.wire.ivshmem import Offer, encode_offer
@@ -110,7 +111,7 @@ class InterfaceOffer:
             os.preadv(self.offer.sp_doorbell, [bytearray(8)], -1, os.RWF_NOWAIT)
 
     def _admit(self, connection: socket.socket) -> None:
-        uid = peer_uid(connection)
+        uid = peer_of(connection).uid
         if uid not in self._allowed_uids or len(self._waiting) + self.connected >= MAX_CONNECTIONS:
             reason = "too many wait" if uid in self._allowed_uids else "not allowed"
             log.warning("refused a connection of uid %d to interface %s: %s", uid, self.path.name, reason)

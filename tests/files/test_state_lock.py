@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.files.state_lock import lock_state
 from spvtpm.processor.daemon import SecureProcessor
-from spvtpm.processor.state_lock import lock_state
 from spvtpm.wire.errors import StateInUse, StorageError
 from tests.harness import RunningSp
 from tests.throwaway import run_in_child
@@ -19,7 +19,7 @@ from tests.throwaway import run_in_child
 HOLD = """
 import sys
 from pathlib import Path
-from spvtpm.processor.state_lock import lock_state
+from spvtpm.files.state_lock import lock_state
 lock_state(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
