@@ -91,6 +91,27 @@ def test_a_vm_is_placed_where_there_is_most_room(
     assert len(agent.vms) == len(other_agent.vms) == 3
 
 
+def test_a_host_that_has_just_gone_takes_no_vm(
+    platform: PlatformDatabase, agent: AgentDouble, other_agent: AgentDouble
+) -> None:
+    blind = Duties(platform.engine, replica="here", patience_s=60.0, look_every_s=3600.0)
+    blind.start()
+    platform.submitted = blind.wake
+    try:
+        online(platform, "h1")
+        online(platform, "h2")
+        agent.down()
+        vm_id = done(platform, platform.create("one")).vm_id
+        asked = platform.create("two", Wants(host="h1"))
+        eventually(lambda: "choosing a host: no host takes" in platform.operation(asked.operation_id).step)
+        agent.up()
+        assert platform.ended(asked).state == "done"
+    finally:
+        blind.close()
+    assert vm_id in other_agent.vms and vm_id not in agent.vms
+    assert asked.vm_id in agent.vms
+
+
 def test_a_start_that_the_host_refuses_is_undone_and_says_why(
     platform: PlatformDatabase, agent: AgentDouble, duties: Duties
 ) -> None:

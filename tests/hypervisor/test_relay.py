@@ -37,8 +37,11 @@ class WebSocketRelay:
         return time.monotonic() + PATIENCE_S
 
     def send(self, frames: Iterable[bytes]) -> None:
-        for frame in frames:
-            self._connection.send(frame)
+        try:
+            for frame in frames:
+                self._connection.send(frame)
+        except ConnectionClosed as closed:  # whoever has said all may close first
+            raise ChannelError(str(closed)) from None
 
     def receive(self, deadline: float) -> bytes:
         try:

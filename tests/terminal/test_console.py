@@ -103,8 +103,8 @@ def test_words_that_no_command_can_be_told_are_refused_here(tmp_path: Path) -> N
 
 @pytest.mark.attack("A10")
 def test_another_vms_console_behind_the_name_of_this_one_hears_nothing(tmp_path: Path) -> None:
-    for vm_key, vm_id in ((bytes(32), VM), (VM_KEY, uuid.uuid4())):
-        with vm(tmp_path / str(vm_id), vm_key, vm_id) as path, Relay(tmp_path / f"{vm_id}.relay", path) as relay:
+    for name, vm_key, vm_id in (("key", bytes(32), VM), ("vm", VM_KEY, uuid.uuid4())):
+        with vm(tmp_path / name, vm_key, vm_id) as path, Relay(tmp_path / f"{name}.relay", path) as relay:
             with pytest.raises(SpvtpmError):
                 Ran(relay.path, "echo", "secret words")
             assert len(relay.frames("owner")) == 1  # the introduction alone

@@ -23,6 +23,7 @@ ANSWER_TIMEOUT_S: Final = 30.0
 """How long an agent may take for an order. It may be asked again: an order is repeatable, and the agent goes on with it."""
 
 _CONNECT_TIMEOUT_S: Final = 5.0
+_REPORT_TIMEOUT_S: Final = 10.0  # a host that is as slow as this takes no VM, and is not online
 _WHOLE_ANSWER_S: Final = 120.0
 _MAX_REPORT_BYTES: Final = 4 << 20  # a page of reports, each with two sentences
 _Answer = TypeVar("_Answer")
@@ -56,7 +57,7 @@ class Agent:
 
     def host_report(self) -> HostReport:
         """What the host is, and how full."""
-        return _decoded(self._exchange("GET", "/v1/host", _MAX_REPORT_BYTES), HostReport)
+        return _decoded(self._exchange("GET", "/v1/host", _MAX_REPORT_BYTES, timeout=_REPORT_TIMEOUT_S), HostReport)
 
     def vm_reports(self) -> Iterator[VmReport]:
         """Every VM that the host knows, ordered by id."""

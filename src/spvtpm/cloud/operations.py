@@ -235,7 +235,7 @@ def record_progress(connection: Connection, operation_id: uuid.UUID, *, step: st
         step: in words.
         steps_done: how many are behind it.
     """
-    _say(connection, operation_id, step=step, steps_done=steps_done)
+    _say(connection, operation_id, step=step[:_MAX_DETAIL], steps_done=steps_done)
 
 
 def record_undoing(connection: Connection, operation_id: uuid.UUID, step: str) -> None:

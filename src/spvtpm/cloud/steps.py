@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 
 from spvtpm.cloud import hosts, tables
-from spvtpm.cloud.placement import choose
+from spvtpm.cloud.placement import Candidate, choose
 from spvtpm.cloud.plans import DOING, UNDOING
 from spvtpm.wire.agent_api import Order, VmReport, WantedState
-from spvtpm.wire.errors import ResourceError, WrongState
+from spvtpm.wire.errors import ResourceError, SpvtpmError, WrongState
 from spvtpm.wire.platform_api import OperationKind, Wants
+from spvtpm.wire.platform_errors import NoHost, Unavailable
 
 if TYPE_CHECKING:
     import uuid
@@ -90,11 +91,37 @@ class Undertaking:
 
 
 def _choose_host(work: Undertaking) -> None:
-    with work.database.begin() as connection:
-        vm = work.locked_vm(connection)
-        if vm.host is None:
-            host = choose(msgspec.convert(vm.wants, Wants), hosts.candidates(connection))
-            connection.execute(update(tables.vms).where(tables.vms.c.vm_id == work.vm_id).values(host=host))
+    """A host that answers: one that was online a moment ago may be gone since, and would be waited for."""
+    answering: set[str] = set()
+    silent: dict[str, str] = {}
+    while True:
+        with work.database.begin() as connection:
+            vm = work.locked_vm(connection)
+            if vm.host is not None:
+                return
+            host = _best_host(msgspec.convert(vm.wants, Wants), hosts.candidates(connection), silent)
+            if host in answering:
+                connection.execute(update(tables.vms).where(tables.vms.c.vm_id == work.vm_id).values(host=host))
+                return
+            agent = hosts.agent_of(connection, work.agents, host)
+        try:
+            agent.host_report()
+        except SpvtpmError as error:
+            silent[host] = str(error)
+        else:
+            answering.add(host)
+
+
+def _best_host(wants: Wants, candidates: list[Candidate], silent: dict[str, str]) -> str:
+    try:
+        return choose(
+            wants,
+            [replace(one, failure=silent[one.name]) if one.name in silent else one for one in candidates],
+        )
+    except NoHost as error:
+        if silent:  # it may be back soon
+            raise Unavailable(str(error)) from None
+        raise
 
 
 def _give_image(work: Undertaking) -> None:

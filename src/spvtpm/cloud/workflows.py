@@ -125,9 +125,13 @@ class Workflows:
         return msgspec.json.decode(durably(name, answered), type=_Answer)
 
     def _do(self, work: Undertaking, step: PlannedStep, number: int) -> _Answer:
-        with self._database.begin() as connection:
-            operations.record_progress(connection, work.operation_id, step=step.words, steps_done=number)
-        return self._attempted(partial(STEPS[step.name], work), self._patience_s)
+        def tell(waiting_for: str) -> None:
+            words = f"{step.words}: {waiting_for}" if waiting_for else step.words
+            with self._database.begin() as connection:
+                operations.record_progress(connection, work.operation_id, step=words, steps_done=number)
+
+        tell("")
+        return self._attempted(partial(STEPS[step.name], work), self._patience_s, tell)
 
     def _undo(self, work: Undertaking, problem: Problem) -> _Answer:
         undo = UNDO.get(work.kind)
@@ -145,7 +149,9 @@ class Workflows:
     def _end(self, work: Undertaking, problem: Problem | None) -> _Answer:
         return self._attempted(partial(endings.conclude, work, problem), self._patience_s)
 
-    def _attempted(self, act: Callable[[], None], patience_s: float) -> _Answer:
+    def _attempted(
+        self, act: Callable[[], None], patience_s: float, tell: Callable[[str], None] = lambda _error: None
+    ) -> _Answer:
         deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
         while True:
             if self._leaving.is_set():
@@ -158,6 +164,7 @@ class Workflows:
                 if time.monotonic() + pause_s > deadline:
                     sentence = f"{error}; what it did will be seen when it is back"
                     return _Answer(problem=problem_of(type(error)(sentence)))
+                tell(str(error))
             except SpvtpmError as error:
                 return _Answer(problem=problem_of(error))
             except _DATABASE_AWAY:
