@@ -16,8 +16,6 @@ from spvtpm.wire.errors import MessageError, NotFound, SpvtpmError
 from spvtpm.wire.platform_errors import NoSuchToken, Superseded, TooLarge, Unavailable
 from tests.cloud.agent_double import TOKEN, AgentDouble
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket fd=.*, family=1:ResourceWarning")
-
 VM = uuid.UUID(int=7)
 
 

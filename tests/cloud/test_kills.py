@@ -24,8 +24,6 @@ from tests.cloud.platform_database import PlatformDatabase
 from tests.cloud.replica import ReplicaProcess
 from tests.cloud.waiting import done, eventually, online, running_vm, state
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket fd=.*, family=1:ResourceWarning")
-
 Start = Callable[..., ReplicaProcess]
 
 

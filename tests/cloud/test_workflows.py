@@ -19,9 +19,6 @@ from tests.cloud.platform_database import PlatformDatabase
 from tests.cloud.waiting import done, eventually, online, running_vm, state
 from tests.postgres import PostgresServer
 
-# A connection to a unix socket that is refused is closed by httpcore's garbage alone.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket fd=.*, family=1:ResourceWarning")
-
 
 def test_a_vms_whole_life(platform: PlatformDatabase, agent: AgentDouble, duties: Duties) -> None:
     online(platform)

@@ -101,6 +101,13 @@ def test_a_vtpm_comes_home_after_a_power_loss(cloud: CloudStack, alice: CloudUse
     alice.run("vm", "destroy", "lost", "--yes")
 
 
+def test_a_command_may_say_much_before_it_reads(alice: CloudUser) -> None:
+    said, given = 64 << 20, bytes(32 << 20)  # more than is on its way at a time, both ways
+    alice.run("vm", "create", "talks")
+    done = alice.run("vm", "exec", "talks", "--", "sh", "-c", f"head -c {said} /dev/zero; wc -c", stdin=given)
+    assert done == bytes(said) + b"%d\n" % len(given)
+
+
 def test_ctrl_c_ends_the_command_in_the_vm(alice: CloudUser) -> None:
     alice.run("vm", "create", "stops")
     words = ["vm", "exec", "stops", "--keyring", str(alice.keyring), "--", "sh", "-c", "echo $$; exec sleep 1000"]

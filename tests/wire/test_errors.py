@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spvtpm.wire import errors
+from spvtpm.wire import errors, platform_errors
 from spvtpm.wire.errors import SpvtpmError, error_from_code
 
 ALL = [
-    value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, SpvtpmError)
-]  # by looking into the module, not by walking the tree as the code does
+    value
+    for name, value in sorted((vars(errors) | vars(platform_errors)).items())
+    if isinstance(value, type) and issubclass(value, SpvtpmError)
+]  # by looking into the modules, not by walking the tree as the code does
 
 
 def test_no_two_errors_share_a_code() -> None:

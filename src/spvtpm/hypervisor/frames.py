@@ -4,47 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from spvtpm.files.unix_sockets import peer_of
-from spvtpm.wire.errors import FrameError, NotRunning, PermissionRefused, ResourceError
-from spvtpm.wire.framing import encode_frame
+from spvtpm.wire.errors import NotRunning, PermissionRefused, ResourceError
+from spvtpm.wire.framing import FrameDecoder, encode_frame
 
-LENGTH_BYTES: Final = 4
 _BUFFER_BYTES: Final = 1 << 16
 
 
 class FrameStream:
     """A connection on which frames go both ways. Neither side holds more than a frame and a buffer of what the other sends.
 
+    The socket itself, and no asyncio stream: that one drops what it has not read yet when a write fails, and so the last
+    words of whoever closes while he is still being sent to.
+
     Args:
-        reader: of the connection.
-        writer: of the connection.
+        connection: connected, non-blocking.
         max_frame_bytes: the longest frame that the other side may send.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_frame_bytes: int) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._max = max_frame_bytes
-        writer.transport.set_write_buffer_limits(high=_BUFFER_BYTES)
+    def __init__(self, connection: socket.socket, max_frame_bytes: int) -> None:
+        self._connection = connection
+        self._decoder = FrameDecoder(max_frame_bytes)
+        self._frames: deque[bytes] = deque()
 
     @property
     def peer_pid(self) -> int:
         """Process id of whoever listened."""
-        return peer_of(self._writer.get_extra_info("socket")).pid
+        return peer_of(self._connection).pid
 
     async def send(self, frame: bytes) -> None:
-        """Hands a frame over; returns once the other side has taken what came before it, or nearly.
+        """Hands a frame over; returns once the kernel has all of it.
 
         Raises:
-            OSError: nobody takes it.
+            OSError: nobody takes it. What the other side has said before can still be received.
         """
-        self._writer.write(encode_frame(frame))
-        await self._writer.drain()
+        await asyncio.get_running_loop().sock_sendall(self._connection, encode_frame(frame))
 
     async def receive(self) -> bytes | None:
         """The next frame; None: there is none, the other side has closed.
@@ -53,15 +54,13 @@ class FrameStream:
             FrameError: it is too long, empty, or cut off.
             OSError: the connection broke.
         """
-        try:
-            length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
-            if not 0 < length <= self._max:
-                raise FrameError(f"a frame announces {length} bytes; allowed are 1 to {self._max}")
-            return await self._reader.readexactly(length)
-        except asyncio.IncompleteReadError as cut:
-            if cut.partial or cut.expected != LENGTH_BYTES:
-                raise FrameError("the stream ended inside a frame") from None
-            return None
+        while not self._frames:
+            data = await asyncio.get_running_loop().sock_recv(self._connection, _BUFFER_BYTES)
+            if not data:
+                self._decoder.finish()
+                return None
+            self._frames.extend(self._decoder.feed(data))
+        return self._frames.popleft()
 
 
 @asynccontextmanager
@@ -78,19 +77,18 @@ async def connected(path: Path, name: str, max_frame_bytes: int, pid: int | None
         NotRunning: nobody listens there, or somebody else.
         PermissionRefused: this user may not connect.
     """
-    try:
-        reader, writer = await asyncio.open_unix_connection(os.fspath(path), limit=_BUFFER_BYTES)
-    except PermissionError:
-        raise PermissionRefused(f"this user may not connect to {path}") from None
-    except OSError as error:
-        raise NotRunning(f"no {name} answers at {path}: {error.strerror or error}") from None
-    try:
-        stream = FrameStream(reader, writer, max_frame_bytes)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, os.fspath(path))
+        except PermissionError:
+            raise PermissionRefused(f"this user may not connect to {path}") from None
+        except OSError as error:
+            raise NotRunning(f"no {name} answers at {path}: {error.strerror or error}") from None
+        stream = FrameStream(connection, max_frame_bytes)
         if pid is not None and stream.peer_pid != pid:
             raise NotRunning(f"at {path} is not the {name}, but another process")
         yield stream
-    finally:
-        writer.transport.abort()
 
 
 async def ask(

@@ -51,6 +51,7 @@ class VmKeeper:
         self._performer = performer
         self._writing = asyncio.Lock()
         self._acting = asyncio.Lock()
+        self._is_changing = False  # from the first step until the VM is as ordered; not while it is only looked at
         self._woken = asyncio.Event()
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._visitors = 0
@@ -180,7 +181,7 @@ class VmKeeper:
         """
         record = self._record
         state = self._performer.machine_for_report(block)
-        if self._acting.locked() or (state == "none" and record.want == "running" and not record.failure):
+        if self._is_changing or (state == "none" and record.want == "running" and not record.failure):
             state = "changing"
         return VmReport(
             vm_id=self.vm_id,
@@ -224,12 +225,14 @@ class VmKeeper:
                 await self._performer.machine.tidy()
                 if not (self._has_given_up or self._closing or time.monotonic() < self._not_before):
                     await self._act()
+                self._is_changing = False
 
     async def _act(self) -> None:
         """Steps until the VM is as ordered, or the agent gives up, or it has to wait for something."""
         record = self._record
         try:
             if await self._carry_out():
+                self._is_changing = False
                 self._settle()
         except NotRunning as error:
             self._is_settled = False
@@ -263,6 +266,7 @@ class VmKeeper:
                 return False
             self._is_settled = False
             log.info("VM %s, wanted %s: %s", self.vm_id, record.want, step.name.lower().replace("_", " "))
+            self._is_changing = True
             changed = await self._performer.perform(step, record)
             if changed != record:
                 await self._update(partial(replace, resuming=changed.resuming))

@@ -5,16 +5,18 @@ The platform hands the frames on to a host, and that to the other end. Both may 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 import time
 import uuid
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Final
 
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.sync.client import ClientConnection, connect
 
+from spvtpm.terminal.own_loop import OwnLoop
 from spvtpm.terminal.platform import Platform
 from spvtpm.terminal.relay import OpenRelay, Relay
 from spvtpm.wire.decoding import printable
@@ -30,7 +32,7 @@ _quiet.setLevel(logging.WARNING)  # below, the library tells headers: the token 
 
 
 class PlatformRelay:
-    """A connection through the platform.
+    """A connection through the platform. It is read while a message is sent: the other side may say much before it listens.
 
     Args:
         platform: the platform.
@@ -44,61 +46,70 @@ class PlatformRelay:
 
     def __init__(self, platform: Platform, path: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._end = ExitStack()
-        self._connection = self._connect(platform, path)
+        connection = platform.address.connect(timeout_s)  # our own: no proxy, no redirection
+        self._loop = OwnLoop("platform-relay")
+        try:
+            self._websocket = self._loop.run(self._opened(platform, path, connection))
+        except BaseException:
+            self._loop.close()
+            connection.close()
+            raise
 
     def deadline(self) -> float:
         """As `Relay` has it; so the others."""
         return time.monotonic() + self._timeout_s
 
     def send(self, frames: Iterable[bytes]) -> None:
-        try:
-            for frame in frames:
-                self._connection.send(frame)
-        except ConnectionClosed:
-            return  # as at a socket
-        except OSError as error:
-            raise ChannelError(f"the connection broke: {error.strerror or error}") from None
+        self._loop.run(self._send(list(frames)))
 
     def receive(self, deadline: float) -> bytes:
+        frame = self._loop.run(self._receive(deadline))
+        if not isinstance(frame, bytes) or not frame:
+            raise FrameError("what the platform hands on is no frame of a channel")
+        return frame
+
+    def close(self) -> None:
+        self._loop.run(self._websocket.close())
+        self._loop.close()
+
+    async def _send(self, frames: list[bytes]) -> None:
         try:
-            frame = self._connection.recv(max(deadline - time.monotonic(), 0))
+            for frame in frames:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._websocket.send(frame)
+        except ConnectionClosed:
+            return  # as at a socket
+        except TimeoutError:
+            raise ChannelError("the platform takes nothing more") from None
+
+    async def _receive(self, deadline: float) -> str | bytes:
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                return await self._websocket.recv()
         except TimeoutError:
             raise ChannelError("the other side did not answer in time") from None
         except ConnectionClosed as closed:
             why = printable(closed.rcvd.reason) if closed.rcvd is not None else ""
             why = f"; somebody on the way says: {why}" if why else ""
             raise ChannelError(f"the connection was closed before the other side had answered{why}") from None
-        except (OSError, WebSocketException) as error:
-            raise ChannelError(f"the connection broke: {printable(str(error))}") from None
-        if not isinstance(frame, bytes) or not frame:
-            raise FrameError("what the platform hands on is no frame of a channel")
-        return frame
 
-    def close(self) -> None:
-        self._end.close()
-
-    def _connect(self, platform: Platform, path: str) -> ClientConnection:
-        connection = platform.address.connect(self._timeout_s)  # our own: no proxy, no redirection
+    async def _opened(self, platform: Platform, path: str, connection: socket.socket) -> ClientConnection:
         try:
-            return self._end.enter_context(
-                connect(
-                    platform.address.base.replace("http", "ws", 1) + path,
-                    sock=connection,
-                    ssl=platform.tls,
-                    compression=None,  # it is ciphertext
-                    additional_headers=platform.authorization(),
-                    open_timeout=self._timeout_s,
-                    close_timeout=_CLOSE_S,
-                    max_size=MAX_CHANNEL_FRAME_BYTES,
-                    logger=_quiet,
-                )
+            return await connect(
+                platform.address.base.replace("http", "ws", 1) + path,
+                sock=connection,
+                ssl=platform.tls,
+                compression=None,  # it is ciphertext
+                additional_headers=platform.authorization(),
+                open_timeout=self._timeout_s,
+                close_timeout=_CLOSE_S,
+                max_size=MAX_CHANNEL_FRAME_BYTES,
+                logger=_quiet,
             )
         except InvalidStatus as refusal:
             response = refusal.response
             raise _refused(error_of(bytes(response.body or b""), response.status_code)) from None
         except (OSError, ValueError, EOFError, WebSocketException) as error:
-            connection.close()
             raise _error(platform, error) from None
 
 
