@@ -14,9 +14,11 @@ import pytest
 from spvtpm.processor.endorser import Endorser
 from spvtpm.processor.fuses.keepers import load_fuses
 from spvtpm.processor.group_commit import GroupCommit
+from spvtpm.processor.hibernation import hibernate
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.parking import ParkingLot
-from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.residency import Residency
+from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.processor.vtpm_services import Boot, VtpmServices
 from spvtpm.processor.worker_pool import WorkerPool
@@ -64,7 +66,7 @@ def test_a_state_that_could_not_be_saved_goes_on() -> None:
     async def use(vtpm: Vtpm, lot: ParkingLot) -> None:
         for _ in range(2):  # from active, and from parked
             with pytest.raises(StorageError):
-                await vtpm.hibernate(refuse)
+                await hibernate(vtpm, refuse)
             assert (vtpm.residency, vtpm.vtpm_id in lot) == (Residency.PARKED, True)
         await vtpm.wake()
         assert vtpm.residency is Residency.ACTIVE
@@ -82,7 +84,7 @@ def test_a_state_that_may_have_been_saved_does_not_go_on() -> None:
             saving.set()
             await asyncio.Event().wait()
 
-        hibernating = asyncio.create_task(vtpm.hibernate(never_end))
+        hibernating = asyncio.create_task(hibernate(vtpm, never_end))
         await saving.wait()
         hibernating.cancel()
         with pytest.raises(asyncio.CancelledError):

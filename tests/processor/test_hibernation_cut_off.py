@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from spvtpm.processor.hibernation import hibernate
 from spvtpm.processor.interfaces.offer import InterfaceOffer
 from spvtpm.processor.parking import ParkingLot
-from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.residency import Residency
+from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.worker.messages import Parked
 from spvtpm.wire.errors import StorageError
 
@@ -42,7 +44,7 @@ def test_whoever_is_cut_off_while_it_becomes_durable_leaves_nothing_that_goes_on
             saving.set()
             await asyncio.Event().wait()
 
-        hibernating = asyncio.ensure_future(scene.vtpm.hibernate(save))
+        hibernating = asyncio.ensure_future(hibernate(scene.vtpm, save))
         await saving.wait()
         hibernating.cancel()
         with suppress(asyncio.CancelledError):
@@ -61,7 +63,7 @@ def test_a_state_that_storage_refuses_is_parked_as_it_was(state_directory: Path)
             raise StorageError("full")
 
         with pytest.raises(StorageError):
-            await scene.vtpm.hibernate(save)
+            await hibernate(scene.vtpm, save)
         assert scene.vtpm.residency is Residency.PARKED
         assert scene.parking.take(scene.vtpm.vtpm_id) == Parked(b"volatile", None)
         await scene.vtpm.abandon()

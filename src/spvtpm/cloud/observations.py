@@ -79,6 +79,8 @@ def _state(report: VmReport, known: VmState) -> tuple[VmState, str]:
             return "failed", (block.vtpm.failure if block.vtpm is not None else "") or "its boot failed"
         case "hibernated":
             return "hibernated", ""
+        case "leaving" | "arriving":
+            return known, ""
         case "running":
             return ("running", "") if report.machine == "running" else (known, "")
         case "stopped":

@@ -20,11 +20,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from spvtpm.processor.channel_identity import ChannelKeys
 from spvtpm.processor.channel_order import ChannelOrder, Turn
 from spvtpm.processor.connections import Connections
+from spvtpm.processor.relay_socket import RelaySocket
 from spvtpm.wire.channel import ChannelEnded, SecureChannel
 from spvtpm.wire.errors import MessageError, PeerError, ResourceError, SpvtpmError
-from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.framing import encode_frame
 from spvtpm.wire.introductions import (
-    MAX_CHANNEL_FRAME_BYTES,
     ClearMessage,
     Introduce,
     Knock,
@@ -42,8 +42,6 @@ MAX_CHANNELS = 64
 MAX_CHANNELS_OF_ONE_OWNER = 8
 _INTRODUCTION_S = 20.0
 _IDLE_S = 300.0
-_SEND_S = 60.0
-_READ_BYTES = 1 << 16
 
 _Clear = TypeVar("_Clear", Knock, Introduce)
 
@@ -83,9 +81,9 @@ class ChannelPort:
 
     async def _serve(self, connection: socket.socket) -> None:
         with ExitStack() as until_it_ends:
-            await self._serve_relay(_Relay(connection), until_it_ends)
+            await self._serve_relay(RelaySocket(connection), until_it_ends)
 
-    async def _serve_relay(self, relay: _Relay, until_it_ends: ExitStack) -> None:
+    async def _serve_relay(self, relay: RelaySocket, until_it_ends: ExitStack) -> None:
         try:
             async with asyncio.timeout(_INTRODUCTION_S):
                 owner, turn, channel, early = await self._introduce(relay, until_it_ends)
@@ -104,7 +102,7 @@ class ChannelPort:
             await self._converse(relay, channel, self._open_session(owner, turn), early)
 
     async def _introduce(
-        self, relay: _Relay, until_it_ends: ExitStack
+        self, relay: RelaySocket, until_it_ends: ExitStack
     ) -> tuple[bytes, Turn, SecureChannel, list[bytes]]:
         """Up to the end of the handshake: the owner, the channel and its turn, and messages that came along already.
 
@@ -140,7 +138,7 @@ class ChannelPort:
             if not self._of_owner[owner]:
                 del self._of_owner[owner]
 
-    async def _converse(self, relay: _Relay, channel: SecureChannel, session: Session, early: list[bytes]) -> None:
+    async def _converse(self, relay: RelaySocket, channel: SecureChannel, session: Session, early: list[bytes]) -> None:
         try:
             messages = early
             while True:
@@ -165,39 +163,6 @@ class ChannelPort:
     async def close(self) -> None:
         """Takes no more channels; returns once the requests under way are carried out."""
         await self._connections.close()
-
-
-class _Relay:
-    """Frames to and from the other side, through whoever carries them."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._decoder = FrameDecoder(MAX_CHANNEL_FRAME_BYTES)
-        self._waiting: list[bytes] = []
-
-    async def receive(self) -> bytes:
-        """The next frame.
-
-        Raises:
-            FrameError: it is too long, or empty.
-            ConnectionError: there is none.
-        """
-        while not self._waiting:
-            data = await asyncio.get_running_loop().sock_recv(self._connection, _READ_BYTES)
-            if not data:
-                raise ConnectionResetError
-            self._waiting += self._decoder.feed(data)
-        return self._waiting.pop(0)
-
-    async def send(self, *frames: bytes) -> None:
-        """Hands frames over.
-
-        Raises:
-            OSError: nobody takes them, or not in time.
-        """
-        async with asyncio.timeout(_SEND_S):
-            for frame in frames:
-                await asyncio.get_running_loop().sock_sendall(self._connection, encode_frame(frame))
 
 
 def _expect(kind: type[_Clear], message: ClearMessage) -> _Clear:

@@ -5,7 +5,8 @@ State directory, mode 0700 (0711 if other users are allowed to connect):
     fuses/         the chip's secrets and its counter (a directory that stands for fuses)
     sp.toml        configuration
     nv.db          sealed NV records
-    run/           sockets: `sp.sock` for the hypervisor, `channel.sock` for owners' channels, `<vm id>.sock` for each VM
+    run/           sockets: `sp.sock` for the hypervisor, `channel.sock` for owners' channels, `migration.sock` for other chips,
+                   `<vm id>.sock` for each VM
     lock           held while a daemon runs
 """
 
@@ -39,6 +40,11 @@ from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
 from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Ledger
+from spvtpm.processor.migration.departures import Departures
+from spvtpm.processor.migration.manager import Migration
+from spvtpm.processor.migration.peers import Peers
+from spvtpm.processor.migration.port import MigrationPort
+from spvtpm.processor.migration.realm import Realm
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.own_memory import protect_own_memory
 from spvtpm.processor.owner_commands import Estate
@@ -180,6 +186,12 @@ class SecureProcessor:
         keys = ChannelKeys(self._fuses)
         channels = ChannelPort(runtime / "channel.sock", uids, keys, partial(OwnerSession, estate))
         cleanup.push_async_callback(channels.close)
+        peers = Peers(self._store, commit, self._fuses.certificates)
+        realm = Realm(estate, users, admission, Departures(self._store), keys, peers)
+        self._migration = Migration(realm)
+        cleanup.push_async_callback(self._migration.close)
+        ways = MigrationPort(runtime / "migration.sock", uids, self._migration, peers)
+        cleanup.push_async_callback(ways.close)
         log.info("secure processor %s runs on %s", self._fuses.chip_id.hex(), self._state)
         on_ready(runtime / "sp.sock")
 
@@ -206,6 +218,22 @@ class SecureProcessor:
                 return await security.park(request.vm_id)
             case messages.WakeVtpm():
                 return await security.wake(request.vm_id)
+            case messages.SendStart():
+                return await self._migration.send_start(request.vm_id)
+            case messages.SendStop():
+                return await self._migration.send_stop(request.vm_id, request.handoff)
+            case messages.SendFinish():
+                return await self._migration.send_finish(request.vm_id, request.handoff)
+            case messages.SendCancel():
+                return await self._migration.send_cancel(request.vm_id, request.handoff)
+            case messages.SendForget():
+                return await self._migration.send_forget(request.vm_id, request.handoff, request.receipt)
+            case messages.ReceiveStart():
+                return await self._migration.receive_start(request.vm_id, request.handoff, request.vm_uid)
+            case messages.ReceiveFinish():
+                return await self._migration.receive_finish(request.vm_id, request.handoff, request.token)
+            case messages.ReceiveCancel():
+                return await self._migration.receive_cancel(request.vm_id, request.handoff, request.token)
             case messages.GetEndorsement():
                 return security.endorsement(request.vm_id)
             case messages.ListVms():

@@ -33,13 +33,15 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
         version: of its last export or import here; 0 if there was none.
         least: the oldest version that may come back.
         sha256: of the file that its owner acknowledged, 32 bytes, if it was exported.
+        chip: that it was given to, 16 bytes, if it has migrated.
     """
 
     owner: Annotated[bytes, Meta(min_length=FINGERPRINT_BYTES, max_length=FINGERPRINT_BYTES)]
-    how: Literal["exported", "destroyed"]
+    how: Literal["exported", "migrated", "destroyed"]
     version: _Version
     least: _Version
     sha256: Annotated[bytes, Meta(min_length=32, max_length=32)] | None
+    chip: Annotated[bytes, Meta(min_length=16, max_length=16)] | None = None
 
 
 _Bucket = dict[uuid.UUID, Entry]

@@ -216,7 +216,7 @@ class OwnerCommands:
         entry = self._estate.ledger.find(vtpm_id)
         if entry is None or entry.owner != self._owner:
             return Fate(vtpm_id=vtpm_id, state="unknown", version=0)
-        return Fate(vtpm_id=vtpm_id, state=entry.how, version=entry.version, sha256=entry.sha256)
+        return Fate(vtpm_id=vtpm_id, state=entry.how, version=entry.version, sha256=entry.sha256, chip=entry.chip)
 
     def endorsement(self, vm_id: uuid.UUID) -> Endorsement:
         """The certificates of the EKs of a VM's vTPM.

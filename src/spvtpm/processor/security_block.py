@@ -10,7 +10,10 @@ a file name can change it.
                                               ▼  ▼
     provision, importing ──▶ HIBERNATED ──start──▶ RUNNING      FAILED ──stop──▶ STOPPED
 
-A loaded block is STOPPED or HIBERNATED: if the SP went down under a running VM, that was a power cut for its vTPM.
+    RUNNING ──leave──▶ LEAVING ──stay──▶ RUNNING       arrive ──▶ ARRIVING ──go_live──▶ RUNNING or HIBERNATED
+
+A loaded block is STOPPED, HIBERNATED or ARRIVING: if the SP went down under a running VM, or one that was leaving, that was a
+power cut for its vTPM.
 """
 
 from __future__ import annotations
@@ -19,21 +22,28 @@ import os
 import time
 import uuid
 from enum import Enum
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
 from spvtpm.wire.decoding import UNDECODABLE
-from spvtpm.wire.errors import AlreadyExists, IntegrityError, WrongState
+from spvtpm.wire.errors import AlreadyExists, IntegrityError, MessageError, MigrationForbidden, WrongState
 from spvtpm.wire.instance_content import Label, Policy
 from spvtpm.wire.instance_file import SECRET_BYTES
 from spvtpm.wire.mailbox import KEY_BYTES, derive_boot_key
+from spvtpm.wire.messages import HandoffId, Token
 from spvtpm.wire.owner_certificates import FINGERPRINT_BYTES
 from spvtpm.wire.owner_messages import MAX_EVENTS, Event
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _BOOT_ID_BYTES = 16
+
+
+def new_moves_key() -> bytes:
+    """Another one, 32 bytes."""
+    return os.urandom(32)
 
 
 class VmState(Enum):
@@ -43,6 +53,8 @@ class VmState(Enum):
     STOPPED = "stopped"
     FAILED = "failed"
     HIBERNATED = "hibernated"
+    LEAVING = "leaving"
+    ARRIVING = "arriving"
 
 
 class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -71,14 +83,48 @@ class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return [("owner", self.owner.hex())]
 
 
+class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a VM has come from another secure processor. Its `repr` shows no token.
+
+    Attributes:
+        handoff: its id.
+        source: chip that it came from, 16 bytes.
+        commit_sha256: of the token on which it may run here.
+        abort_sha256: of the token on which it is to be thrown away.
+        receipt: tells its source that it runs here.
+    """
+
+    handoff: HandoffId
+    source: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    commit_sha256: _Sha256
+    abort_sha256: _Sha256
+    receipt: Token
+
+    def __repr__(self) -> str:
+        return f"Arrival(handoff={self.handoff.hex()})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("handoff", self.handoff.hex())]
+
+
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Annotated[int, Meta(ge=3, le=3)]
+    format: Annotated[int, Meta(ge=4, le=4)]
     vm_id: uuid.UUID
     ownership: Ownership
     vtpm_id: uuid.UUID | None
     boots: _Count
     version: _Count
-    hibernated: bool
+    state: Literal["stopped", "hibernated", "arriving"]
+    events: Annotated[tuple[Event, ...], Meta(max_length=MAX_EVENTS)]
+    moves_key: _Sha256
+    arrival: Arrival | None
+
+
+class _Moving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    ownership: Ownership
+    vtpm_id: uuid.UUID
+    boots: _Count
+    version: _Count
     events: Annotated[tuple[Event, ...], Meta(max_length=MAX_EVENTS)]
 
 
@@ -95,6 +141,8 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         version: of the vTPM's last export or import; 0 if there was none.
         events: the newest ones, oldest first.
         vm_uid: user id of the VM's process in this boot; None: any that may command.
+        moves_key: from which the tokens of its handoffs to other chips are derived; new in each chip that it comes to. Secret.
+        arrival: how it came here, if it came from another chip.
     """
 
     vm_id: uuid.UUID
@@ -106,6 +154,8 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     version: int = 0
     events: tuple[Event, ...] = ()
     vm_uid: int | None = None
+    moves_key: bytes = msgspec.field(default_factory=new_moves_key)
+    arrival: Arrival | None = None
 
     @classmethod
     def provision(cls, vm_id: uuid.UUID, ownership: Ownership) -> Self:
@@ -169,6 +219,76 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
             raise WrongState(f"hibernate: VM {self.vm_id} has no vTPM")
         return msgspec.structs.replace(self, state=VmState.HIBERNATED, boot_id=None).noting("hibernated")
 
+    def leave(self) -> Self:
+        """Its vTPM is still, and moves to another chip.
+
+        Raises:
+            WrongState: it is not running, or has no vTPM.
+            MigrationForbidden: its owner does not want it.
+        """
+        self.check_movable()
+        return msgspec.structs.replace(self, state=VmState.LEAVING)
+
+    def check_movable(self) -> None:
+        """Whether it may leave now.
+
+        Raises:
+            WrongState: it is not running, or has no vTPM.
+            MigrationForbidden: its owner does not want it.
+        """
+        self._require("migration", VmState.RUNNING)
+        if self.vtpm_id is None:
+            raise WrongState(f"migration: VM {self.vm_id} has no vTPM")
+        if not self.ownership.policy.migration_allowed:
+            raise MigrationForbidden(f"the owner of VM {self.vm_id} does not allow its migration")
+
+    def stay(self) -> Self:
+        """It does not leave after all."""
+        self._require("migration", VmState.LEAVING)
+        return msgspec.structs.replace(self, state=VmState.RUNNING).noting("migration-ended", "the vTPM stays here")
+
+    def moving_part(self, chip_id: bytes) -> bytes:
+        """What of it goes to another chip, 16 bytes. Secret. The boot does not: frames of it are dead there."""
+        assert self.vtpm_id is not None  # noqa: S101  # or it could not leave
+        events = self.noting("migrated", f"to chip {chip_id.hex()}").events
+        return msgspec.msgpack.encode(_Moving(self.ownership, self.vtpm_id, self.boots, self.version, events))
+
+    @classmethod
+    def arrive(cls, vm_id: uuid.UUID, moving_part: bytes, arrival: Arrival, moves_key: bytes) -> Self:
+        """A VM that came from another chip, and waits for the word of that one.
+
+        Args:
+            vm_id: the VM.
+            moving_part: as that chip has made it.
+            arrival: how it came.
+            moves_key: in this chip, 32 bytes.
+
+        Raises:
+            MessageError: it is no such part.
+        """
+        try:
+            part = msgspec.msgpack.decode(moving_part, type=_Moving)
+        except UNDECODABLE:
+            raise MessageError("the part of the security block that moves is not what its format allows") from None
+        rest = (part.boots, part.vtpm_id, part.version, part.events)
+        return cls(vm_id, part.ownership, VmState.ARRIVING, None, *rest, moves_key=moves_key, arrival=arrival)
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether it waits for its source's word."""
+        return self.state is VmState.ARRIVING
+
+    def go_live(self, vm_uid: int | None, *, running: bool) -> Self:
+        """It is this chip's now; `running` in a new boot, or hibernated for the next one.
+
+        Raises:
+            WrongState: it does not wait for that.
+        """
+        self._require("migration", VmState.ARRIVING)
+        assert self.arrival is not None  # noqa: S101  # or it could not arrive
+        noted = self.noting("arrived", f"from chip {self.arrival.source.hex()}")
+        return noted._boot("resumed", vm_uid) if running else msgspec.structs.replace(noted, state=VmState.HIBERNATED)
+
     def fail(self, reason: str) -> Self:
         """Its vTPM died: a new boot is needed, or PCRs could be reset under a running guest."""
         self._require("fail", VmState.RUNNING)
@@ -210,7 +330,11 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     def rotate(self, user_secret: bytes) -> Self:
         """Another `UserSecret`, 32 bytes."""
         ownership = msgspec.structs.replace(self.ownership, user_secret=user_secret)
-        return msgspec.structs.replace(self, ownership=ownership).noting("secret-rotated")
+        return self.with_ownership(ownership).noting("secret-rotated")
+
+    def with_ownership(self, ownership: Ownership) -> Self:
+        """What its owner brought, changed."""
+        return msgspec.structs.replace(self, ownership=ownership)
 
     def noting(self, what: str, detail: str = "") -> Self:
         """The same, with one more event."""
@@ -230,13 +354,27 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
 
     def to_record(self) -> bytes:
         """What outlives the SP's process. Secret."""
-        hibernated = self.state is VmState.HIBERNATED
-        fields = (self.ownership, self.vtpm_id, self.boots, self.version, hibernated, self.events)
-        return msgspec.msgpack.encode(_Record(3, self.vm_id, *fields))
+        kept: dict[VmState, Literal["hibernated", "arriving"]] = {
+            VmState.HIBERNATED: "hibernated",
+            VmState.ARRIVING: "arriving",
+        }
+        record = _Record(
+            format=4,
+            vm_id=self.vm_id,
+            ownership=self.ownership,
+            vtpm_id=self.vtpm_id,
+            boots=self.boots,
+            version=self.version,
+            state=kept.get(self.state, "stopped"),
+            events=self.events,
+            moves_key=self.moves_key,
+            arrival=self.arrival,
+        )
+        return msgspec.msgpack.encode(record)
 
     @classmethod
     def from_record(cls, vm_id: uuid.UUID, record: bytes) -> Self:
-        """The block as it was stored, stopped or hibernated.
+        """The block as it was stored: stopped, hibernated or arriving.
 
         Raises:
             IntegrityError: the record is damaged or another VM's.
@@ -247,6 +385,5 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
             raise IntegrityError(f"the security block of VM {vm_id} is damaged") from None
         if stored.vm_id != vm_id:
             raise IntegrityError(f"the security block of VM {vm_id} is that of VM {stored.vm_id}")
-        state = VmState.HIBERNATED if stored.hibernated else VmState.STOPPED
-        rest = (stored.boots, stored.vtpm_id, stored.version, stored.events)
-        return cls(vm_id, stored.ownership, state, None, *rest)
+        rest = (stored.boots, stored.vtpm_id, stored.version, stored.events, None, stored.moves_key, stored.arrival)
+        return cls(vm_id, stored.ownership, VmState(stored.state), None, *rest)

@@ -13,13 +13,15 @@ import uuid
 from msgspec.structs import replace
 
 from spvtpm.processor.allowed import Here
+from spvtpm.processor.hibernation import hibernate
 from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.nv_store import NvStore
+from spvtpm.processor.residency import Residency
 from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.users import Users
 from spvtpm.processor.vm_table import VmTable, block_change
-from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.processor.vtpm_records import RECORD_PREFIXES, hibernated_name, record_names
 from spvtpm.processor.vtpm_services import Boot, Commit
@@ -252,7 +254,7 @@ class SecurityManager:
             async def save(volatile: bytes) -> None:
                 await self._guard.milestone([(hibernated_name(vtpm.vtpm_id), volatile), block_change(hibernated)])
 
-            await vtpm.hibernate(save)
+            await hibernate(vtpm, save)
             self._secrets.withdraw(vm_id)
             self._table.put(hibernated)
             return self.info(vm_id)

@@ -75,6 +75,10 @@ class VmTable:
         except KeyError:
             raise NotFound(f"there is no VM {vm_id}") from None
 
+    def has(self, vm_id: uuid.UUID) -> bool:
+        """Whether the VM has a block that can be believed."""
+        return vm_id in self._blocks
+
     def put(self, block: VmSecurityBlock) -> None:
         """The block as it is from now on."""
         self._blocks[block.vm_id] = block

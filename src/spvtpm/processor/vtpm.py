@@ -4,6 +4,8 @@
      ▲                  │  └──worker died──▶ FAILED
      └──────power_off───┴───────────────────────┘
 
+    ACTIVE, PARKED ──halt──▶ HALTED ──go_on──▶ PARKED, ──leave──▶ OFF
+
 A failed vTPM stays failed until its VM boots anew: waking it inside the same boot would reset PCRs under a running guest.
 """
 
@@ -12,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from enum import Enum
+from collections.abc import Callable, Collection, Sequence
 
-from spvtpm.processor.interfaces.direct import publish_outage
 from spvtpm.processor.interfaces.offer import InterfaceOffer
+from spvtpm.processor.interfaces.outage import Outage, tell_outage
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.pcr_banks import check_pcr_banks
+from spvtpm.processor.residency import Residency
 from spvtpm.processor.vtpm_records import endorsement_name, record_name
 from spvtpm.processor.vtpm_services import Boot, VtpmServices
 from spvtpm.processor.worker.messages import (
@@ -41,18 +43,6 @@ log = logging.getLogger(__name__)
 
 _WAKE_PAUSE_S = 0.5
 """After a wake that failed for want of a worker, before the doorbell is looked at again."""
-
-_OUTAGE_PAUSE_S = 0.02
-"""Rings at an interface that nobody serves are answered at most this often, so that a flood costs nothing."""
-
-
-class Residency(Enum):
-    """Where a vTPM lives now."""
-
-    OFF = "off"
-    ACTIVE = "active"
-    PARKED = "parked"
-    FAILED = "failed"
 
 
 def _nothing() -> None:
@@ -78,6 +68,7 @@ class Vtpm:
         self._lock = asyncio.Lock()
         self._boot: Boot | None = None
         self._session: WorkerSession | None = None
+        self._outage: Outage | None = None
 
     async def begin(
         self,
@@ -106,12 +97,16 @@ class Vtpm:
             endorsement = endorsement_name(self.vtpm_id), encode_endorsement(blank.birth.endorsement)
             await self._begin_boot(boot, start, [endorsement, *with_changes], blank.worker)
 
-    async def power_on(self, boot: Boot, volatile: bytes | None = None) -> None:
+    async def power_on(
+        self, boot: Boot, volatile: bytes | None = None, *, permanent: bytes | None = None, offered: bool = True
+    ) -> None:
         """Begins a boot from the durable state.
 
         Args:
             boot: that is under way.
-            volatile: as `hibernate` gave it, to go on there; otherwise the TPM starts anew.
+            permanent: its state, if that is not durable here yet.
+            volatile: as `halt` gave it, to go on there; otherwise the TPM starts anew.
+            offered: whether its VM can reach it at once; otherwise it waits for `offer`.
 
         Raises:
             IntegrityError: the stored state is missing or altered.
@@ -119,15 +114,33 @@ class Vtpm:
             ResourceError: no interface can be had.
         """
         async with self._lock:
-            permanent = self._services.store.read(record_name(self.vtpm_id))
+            permanent = permanent or self._services.store.read(record_name(self.vtpm_id))
             start = Start(self._port(boot), permanent, volatile, reseed=volatile is not None)
-            await self._begin_boot(boot, start, [])
+            await self._begin_boot(boot, start, [], offered=offered)
+
+    async def offer(self) -> None:
+        """Lets its VM reach it, if `power_on` has not.
+
+        Raises:
+            WrongState: it is not active.
+            ResourceError: no socket can be had.
+        """
+        async with self._lock:
+            self._require(Residency.ACTIVE, "offer")
+            assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
+            self.interface.listen()
 
     def _port(self, boot: Boot) -> DirectPort:
         return DirectPort(self.vm_id.bytes, boot.boot_id, boot.key)
 
     async def _begin_boot(
-        self, boot: Boot, start: Start, with_changes: Sequence[Change], worker: Worker | None = None
+        self,
+        boot: Boot,
+        start: Start,
+        with_changes: Sequence[Change],
+        worker: Worker | None = None,
+        *,
+        offered: bool = True,
     ) -> None:
         if self.residency is not Residency.OFF:
             raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
@@ -140,7 +153,7 @@ class Vtpm:
         self._boot = boot
         try:
             worker = worker or await self._services.pool.take()
-            listen = self.interface.listen if fresh else _nothing
+            listen = self.interface.listen if fresh and offered else _nothing
             await self._run_worker(worker, start, with_changes, listen)
         except SpvtpmError:
             if fresh:
@@ -179,40 +192,48 @@ class Vtpm:
         await self._dismiss(Residency.PARKED)
         return True
 
-    async def hibernate(self, save: Callable[[bytes], Awaitable[None]]) -> None:
-        """Ends the boot with all of the state kept: what is volatile goes to `save`, and comes back to `power_on`.
-
-        Args:
-            save: makes the volatile state durable, or raises; then the boot goes on.
+    async def halt(self) -> bytes:
+        """Takes the state out, to wait for `go_on` or `leave`; gives what is volatile of it. Its interface is silent meanwhile.
 
         Raises:
             WrongState: it is off or failed, or has an NV change that is not durable yet.
             WorkerError: the worker died.
-            SpvtpmError: what `save` raised.
         """
         async with self._lock:
             if self.residency is Residency.PARKED:
                 self._unwatch()
             else:
-                self._require(Residency.ACTIVE, "hibernate")
+                self._require(Residency.ACTIVE, "halt")
                 if not await self._park(only_if_idle=False):
                     raise WrongState(f"vTPM {self.vtpm_id} has an NV change that is not durable yet")
+            self.residency = Residency.HALTED
             parked = self._services.parking.take(self.vtpm_id)
-            try:
-                await save(parked.volatile)
-            except SpvtpmError:
-                self._services.parking.put(self.vtpm_id, parked)
-                self._watch(self._wake_on_ring)
-                raise
-            except BaseException:  # it may be durable, or about to be: nothing goes on beside it
-                self._end_hibernated()
-                raise
-            self._end_hibernated()
+            self._services.parking.put(self.vtpm_id, parked)
+            return parked.volatile
 
-    def _end_hibernated(self) -> None:
-        self.residency = Residency.OFF
-        self._boot = None
-        self._release_interface()
+    async def go_on(self) -> None:
+        """The boot goes on where it was halted.
+
+        Raises:
+            WrongState: it is not halted.
+        """
+        async with self._lock:
+            self._require(Residency.HALTED, "go on")
+            self.residency = Residency.PARKED
+            self._watch(self._wake_on_ring)
+
+    async def leave(self) -> None:
+        """Ends the boot that was halted: its state is elsewhere.
+
+        Raises:
+            WrongState: it is not halted.
+        """
+        async with self._lock:
+            self._require(Residency.HALTED, "leave")
+            self._services.parking.drop(self.vtpm_id)
+            self.residency = Residency.OFF
+            self._boot = None
+            self._release_interface()
 
     async def wake(self) -> None:
         """Gives a parked vTPM a worker again, just as it was.
@@ -295,9 +316,7 @@ class Vtpm:
     def _release_interface(self) -> None:
         if self.interface is not None:
             self._unwatch()
-            with self.interface.map() as memory:
-                publish_outage(memory, AttachError.POWERED_OFF)
-            self.interface.ring_vm()
+            tell_outage(self.interface, AttachError.POWERED_OFF)
             self.interface.close()
             self.interface = None
 
@@ -351,7 +370,8 @@ class Vtpm:
         await self._dismiss(Residency.FAILED)
         self.failure = reason
         self._services.on_failure(self.vm_id, reason)
-        self._answer_outage()
+        if self.interface is not None:
+            self._outage = Outage(self.interface, f"vTPM {self.vtpm_id}")
 
     # The doorbell while no worker listens to it
 
@@ -362,6 +382,9 @@ class Vtpm:
     def _unwatch(self) -> None:
         assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
         asyncio.get_running_loop().remove_reader(self.interface.offer.sp_doorbell)
+        if self._outage is not None:
+            self._outage.end()
+            self._outage = None
 
     def _wake_on_ring(self) -> None:
         self._unwatch()  # the ring stays in the doorbell, for the worker to find
@@ -378,20 +401,3 @@ class Vtpm:
     def _watch_parked(self) -> None:
         if self.residency is Residency.PARKED and self.interface is not None and not self._lock.locked():
             self._watch(self._wake_on_ring)
-
-    def _answer_outage(self) -> None:
-        if self.interface is None:
-            return
-        self._unwatch()
-        try:
-            self.interface.drain_doorbell()
-            with self.interface.map() as memory:
-                publish_outage(memory, AttachError.TPM_FAILED)
-            self.interface.ring_vm()
-        except OSError as error:  # nothing to map or ring with; tried again at the next ring
-            log.error("vTPM %s: its VM cannot be told that it failed: %s", self.vtpm_id, error.strerror)
-        asyncio.get_running_loop().call_later(_OUTAGE_PAUSE_S, self._watch_outage)
-
-    def _watch_outage(self) -> None:
-        if self.residency is Residency.FAILED and self.interface is not None:
-            self._watch(self._answer_outage)

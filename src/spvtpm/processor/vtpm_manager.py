@@ -13,7 +13,8 @@ from functools import partial
 
 from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.nv_store import Change
-from spvtpm.processor.vtpm import Residency, Vtpm
+from spvtpm.processor.residency import Residency
+from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_records import record_names
 from spvtpm.processor.vtpm_services import Boot, Commit, VtpmServices
 from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
@@ -133,6 +134,12 @@ class VtpmManager:
         self.get(vtpm_id)
         await commit([*_removal(vtpm_id), *with_changes])
         del self._vtpms[vtpm_id]
+
+    async def forget(self, vtpm_id: uuid.UUID) -> None:
+        """Ends a vTPM that has not come after all; what was written of it goes."""
+        await self._vtpms.pop(vtpm_id).abandon()
+        with suppress(StorageError):  # the next start removes it
+            await self._services.commit(_removal(vtpm_id))
 
     async def park_idle_for_ever(self) -> None:
         """Parks what is idle, until cancelled. One that hangs keeps no other waiting, nor the next round."""

@@ -145,6 +145,22 @@ class AlreadyInitialised(AlreadyExists):
     hint = "Run what is there, or give another directory. Removing a secure processor destroys every vTPM in it."
 
 
+class MigrationForbidden(PolicyError):
+    """The owner does not allow the vTPM to move."""
+
+    code = "migration-forbidden"
+    hint = (
+        "Only its owner can move it, by an export and an import: `spvtpm vm shutdown`, then `spvtpm vm start --host`."
+    )
+
+
+class WrongToken(PolicyError):
+    """A token is not the one that this handoff waits for."""
+
+    code = "wrong-token"
+    hint = "Ask the other side of the same handoff for it again; nothing was changed."
+
+
 class WrongInstanceKeys(PolicyError):
     """The instance file was sealed under another `UserSecret` or `SpSecret` than those at hand."""
 

@@ -31,6 +31,13 @@ Uid = Annotated[int, Meta(ge=0, lt=(1 << 32) - 1)]
 """A user id. Source: Linux, include/uapi/linux/types.h; the highest stands for none (setresuid(2))."""
 
 
+HandoffId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+"""Of one attempt to move a vTPM: random bytes, by its source."""
+
+Token = Annotated[bytes, Meta(min_length=32, max_length=32)]
+"""Of a handoff (`processor/migration/handoff.py`): whoever has it may carry it to the other side, and nobody else can make it."""
+
+
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
     pass
 
@@ -103,6 +110,71 @@ class WakeVtpm(_Request, frozen=True):
     vm_id: uuid.UUID
 
 
+class SendStart(_Request, frozen=True):
+    """Begin to move a running VM's vTPM to another secure processor; it runs on meanwhile. → `Handoff`."""
+
+    vm_id: uuid.UUID
+
+
+class SendStop(_Request, frozen=True):
+    """Stop the vTPM, once the other secure processor has shown who it is, and send it. → `SendStopped`."""
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+
+
+class SendFinish(_Request, frozen=True):
+    """Give the vTPM up, once the other side has it and the memory. Asked again, it answers the same. → `HandoffToken`: commit."""
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+
+
+class SendCancel(_Request, frozen=True):
+    """Keep the vTPM, if it was not given up. → `HandoffToken`: abort."""
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+
+
+class SendForget(_Request, frozen=True):
+    """The other side has told that it has the vTPM. → `Handoff`."""
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+    receipt: Token
+
+
+class ReceiveStart(_Request, frozen=True):
+    """Expect a VM from another secure processor. → `Handoff`.
+
+    Attributes:
+        vm_id: the VM.
+        handoff: as its source has named it.
+        vm_uid: as of `LaunchVm`.
+    """
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+    vm_uid: Uid | None = None
+
+
+class ReceiveFinish(_Request, frozen=True):
+    """Run the vTPM: its source has given it up. Asked again, it answers the same. → `HandoffToken`: receipt."""
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+    token: Token
+
+
+class ReceiveCancel(_Request, frozen=True):
+    """Throw away what has come: its source keeps it. Without a token, only what is not durable yet. → `Handoff`."""
+
+    vm_id: uuid.UUID
+    handoff: HandoffId
+    token: Token | None = None
+
+
 class GetEndorsement(_Request, frozen=True):
     """The certificates of a VM's vTPM's endorsement keys, as the secure processor keeps them. → `Endorsement`."""
 
@@ -129,6 +201,14 @@ Request = (
     | HibernateVm
     | ParkVtpm
     | WakeVtpm
+    | SendStart
+    | SendStop
+    | SendFinish
+    | SendCancel
+    | SendForget
+    | ReceiveStart
+    | ReceiveFinish
+    | ReceiveCancel
     | GetEndorsement
     | ListVms
     | GetStatus
@@ -140,14 +220,15 @@ class VtpmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         vtpm_id: its id.
-        residency: `active` (a process runs it), `parked` (kept without one), `off`, or `failed`.
+        residency: `active` (a process runs it), `parked` (kept without one), `halted` (still, while it moves away), `off`, or
+            `failed`.
         interface: path of the socket on which the VM gets its interface; empty while the vTPM is off.
         connected: whether a process holds the interface.
         failure: why it failed, if it has.
     """
 
     vtpm_id: uuid.UUID
-    residency: Literal["active", "parked", "off", "failed"]
+    residency: Literal["active", "parked", "halted", "off", "failed"]
     interface: Annotated[str, Meta(max_length=4096)] = ""
     connected: bool = False
     failure: Sentence = ""
@@ -158,14 +239,15 @@ class VmInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
     Attributes:
         vm_id: its id.
-        state: of its security block; `damaged` if its stored block cannot be believed.
+        state: of its security block: `leaving` while its vTPM is still and moves away, `arriving` while it waits for its source's
+            word that it may run here; `damaged` if its stored block cannot be believed.
         boots: boots so far.
         vtpm: its vTPM, if it has one.
         launch_secret: path of the socket on which its process gets the VM key, once; empty if there is none to be had.
     """
 
     vm_id: uuid.UUID
-    state: Literal["running", "stopped", "failed", "hibernated", "damaged"]
+    state: Literal["running", "stopped", "failed", "hibernated", "leaving", "arriving", "damaged"]
     boots: int
     vtpm: VtpmInfo | None
     launch_secret: Annotated[str, Meta(max_length=4096)] = ""
@@ -221,6 +303,40 @@ class Endorsement(VtpmEndorsement, frozen=True, tag=True):
     vtpm_id: uuid.UUID
 
 
+class Handoff(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """A handoff, done as was asked.
+
+    Attributes:
+        handoff: its id.
+    """
+
+    handoff: HandoffId
+
+
+class SendStopped(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The vTPM is still.
+
+    Attributes:
+        handoff: in which it moves.
+        stop_nonce: 32 random bytes, public; the VM seals the last of its memory with it.
+    """
+
+    handoff: HandoffId
+    stop_nonce: Token
+
+
+class HandoffToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """A token, for the other side of a handoff.
+
+    Attributes:
+        handoff: its id.
+        token: to be carried there.
+    """
+
+    handoff: HandoffId
+    token: Token
+
+
 class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Not carried out.
 
@@ -238,7 +354,7 @@ def error_reply(error: SpvtpmError) -> ErrorReply:
     return ErrorReply(error.code, str(error)[:_MAX_SENTENCE])
 
 
-Reply = VmInfo | VmList | Admitted | Status | Endorsement | ErrorReply
+Reply = VmInfo | VmList | Admitted | Status | Endorsement | Handoff | SendStopped | HandoffToken | ErrorReply
 
 _requests: VersionedDecoder[Request] = VersionedDecoder(VERSION, Request)
 _replies: VersionedDecoder[Reply] = VersionedDecoder(VERSION, Reply)

@@ -204,16 +204,18 @@ class Fate(_Message, frozen=True):
 
     Attributes:
         vtpm_id: the vTPM.
-        state: `here`, `exported` (destroyed after an acknowledged export), `destroyed`, or `unknown`: never here, or not
-            this owner's, or so long ago that it is forgotten.
+        state: `here`, `exported` (destroyed after an acknowledged export), `migrated` (given to another chip), `destroyed`, or
+            `unknown`: never here, or not this owner's, or so long ago that it is forgotten.
         version: of its last export or import here; 0 if there was none.
         sha256: of the acknowledged file, 32 bytes, if it was exported.
+        chip: that it was given to, 16 bytes, if it has migrated.
     """
 
     vtpm_id: uuid.UUID
-    state: Literal["here", "exported", "destroyed", "unknown"]
+    state: Literal["here", "exported", "migrated", "destroyed", "unknown"]
     version: _Version
     sha256: _Sha256 | None = None
+    chip: Annotated[bytes, Meta(min_length=16, max_length=16)] | None = None
 
 
 class MyVm(_Message, frozen=True):
@@ -231,11 +233,11 @@ class MyVm(_Message, frozen=True):
     """
 
     vm_id: uuid.UUID
-    state: Literal["running", "stopped", "failed", "hibernated"]
+    state: Literal["running", "stopped", "failed", "hibernated", "leaving", "arriving"]
     boots: Annotated[int, Meta(ge=0)]
     label: Label
     vtpm_id: uuid.UUID | None
-    residency: Literal["", "active", "parked", "off", "failed"]
+    residency: Literal["", "active", "parked", "halted", "off", "failed"]
     version: _Version
     policy: Policy
 
@@ -264,7 +266,8 @@ class Event(_Part, frozen=True):
     Attributes:
         time_s: when; seconds since 1970, UTC, by the secure processor's clock, which the host sets.
         what: a word: `provisioned`, `launched`, `started`, `stopped`, `hibernated`, `resumed`, `failed`, `imported`,
-            `export-begun`, `secret-rotated`, `launch-secret-taken`, `launch-secret-refused`. A reset is a stop and a start.
+            `export-begun`, `secret-rotated`, `launch-secret-taken`, `launch-secret-refused`, `migrated`, `arrived`,
+            `migration-ended`. A reset is a stop and a start.
         detail: a sentence, or nothing.
     """
 

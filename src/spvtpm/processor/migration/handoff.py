@@ -73,7 +73,7 @@ class Act(Enum):
     SEND_PREPARED = auto()
     TELL_COMMIT = auto()  # to the other side if it is there, and to whoever asks
     TELL_ABORT = auto()
-    TELL_RECEIPT = auto()
+    TELL_RECEIPT = auto()  # to whoever asks
 
 
 @dataclass(frozen=True, slots=True)

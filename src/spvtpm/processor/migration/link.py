@@ -1,0 +1,172 @@
+"""The confidential channel between two secure processors, over frames that others relay (`wire/migration.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from spvtpm.processor.channel_identity import ChannelKeys
+from spvtpm.processor.migration.peers import Peers
+from spvtpm.processor.relay_socket import RelaySocket
+from spvtpm.wire.certificates import Chain
+from spvtpm.wire.channel import SecureChannel
+from spvtpm.wire.decoding import printable
+from spvtpm.wire.errors import MessageError, SpvtpmError, error_from_code
+from spvtpm.wire.messages import ErrorReply, error_reply
+from spvtpm.wire.migration import (
+    MAX_PEER_MESSAGE_BYTES,
+    Meet,
+    PeerMessage,
+    encode_migration,
+    parse_meeting,
+    parse_peer_message,
+)
+
+_MEETING_S: Final = 20.0
+_RECORD: Final = b"\0"
+"""The first byte of a message that is a record of memory; every other message begins with its version, which is not 0."""
+
+
+class PeerLink:
+    """One end of a link. Life: `meet` → `send`, `receive` … → `close`.
+
+    Args:
+        relay: carries the frames.
+        channel: open.
+        chain: of the other secure processor, verified.
+        early: messages that came along with the handshake.
+    """
+
+    def __init__(self, relay: RelaySocket, channel: SecureChannel, chain: Chain, early: list[bytes]) -> None:
+        self.chain = chain
+        self._relay = relay
+        self._channel = channel
+        self._messages = deque(early)
+        self._sending = asyncio.Lock()
+
+    @property
+    def peer(self) -> bytes:
+        """Id of the other chip, 16 bytes."""
+        return self.chain.chip.chip_id
+
+    async def send(self, message: PeerMessage) -> None:
+        """Sends a message.
+
+        Raises:
+            ChannelError, OSError: nobody takes it.
+        """
+        await self._send(encode_migration(message))
+
+    async def send_record(self, record: bytes) -> None:
+        """Sends a record of memory.
+
+        Raises:
+            ChannelError, OSError: nobody takes it.
+        """
+        await self._send(_RECORD + record)
+
+    async def _send(self, message: bytes) -> None:
+        async with self._sending:
+            self._channel.send(message)
+            await self._relay.send(*self._channel.frames())
+
+    async def receive(self) -> PeerMessage | bytes:
+        """The next message, or record of memory.
+
+        Raises:
+            ChannelError: the other side has closed the link, or somebody between has altered it.
+            PeerError: it is no message.
+            OSError: the link is cut.
+        """
+        while not self._messages:
+            self._messages.extend(self._channel.receive(await self._relay.receive()))
+        message = self._messages.popleft()
+        return message[1:] if message[:1] == _RECORD else parse_peer_message(message)
+
+    async def close(self) -> None:
+        """Says that nothing more comes."""
+        async with self._sending:
+            self._channel.close()
+            await self._relay.send(*self._channel.frames())
+
+
+async def meet(
+    relay: RelaySocket,
+    handoff: bytes,
+    keys: ChannelKeys,
+    peers: Peers,
+    verify: Callable[[tuple[bytes, ...]], Chain],
+    *,
+    is_source: bool,
+) -> PeerLink:
+    """Both sides show who they are, and verify each other.
+
+    Args:
+        relay: carries the frames.
+        handoff: its id, 16 bytes.
+        keys: who this secure processor is.
+        peers: knows which chips are revoked.
+        verify: whether a chain may take part in this handoff.
+        is_source: whether the vTPM is here.
+
+    Raises:
+        SpvtpmError: the other side is not who it has to be, or refuses; it was told why.
+        TimeoutError: it does not answer.
+        OSError: the link is cut.
+    """
+    async with asyncio.timeout(_MEETING_S):
+        try:
+            return await _meet(relay, handoff, keys, peers, verify, is_source)
+        except SpvtpmError as error:
+            await relay.send(encode_migration(error_reply(error)))
+            raise
+
+
+async def _meet(
+    relay: RelaySocket,
+    handoff: bytes,
+    keys: ChannelKeys,
+    peers: Peers,
+    verify: Callable[[tuple[bytes, ...]], Chain],
+    is_source: bool,
+) -> PeerLink:
+    identity = keys.current()
+    await relay.send(encode_migration(Meet(handoff, _four(identity.chain), peers.revoked)))
+    said = parse_meeting(await relay.receive())
+    if isinstance(said, ErrorReply):
+        raise error_from_code(said.code, f"the other secure processor refuses: {printable(said.message)}")
+    if said.handoff != handoff:
+        raise MessageError("the other secure processor is there for another handoff")
+    await peers.learn(said.revoked)
+    chain = verify(said.chain)
+    channel = SecureChannel(
+        identity.key,
+        identity.certificate,
+        said.chain[0],
+        is_server=not is_source,
+        max_message_bytes=MAX_PEER_MESSAGE_BYTES,
+    )
+    early: list[bytes] = []
+    await relay.send(*channel.frames())
+    while not channel.is_open:
+        early += channel.receive(_heard(await relay.receive()))
+        await relay.send(*channel.frames())
+    return PeerLink(relay, channel, chain, early)
+
+
+def _heard(frame: bytes) -> bytes:
+    """A frame of the handshake; the other side may have said in clear why there is none."""
+    try:
+        said = parse_meeting(frame)
+    except MessageError:
+        return frame
+    if isinstance(said, ErrorReply):
+        raise error_from_code(said.code, f"the other secure processor refuses: {printable(said.message)}")
+    raise MessageError("the other secure processor says twice who it is")
+
+
+def _four(chain: tuple[bytes, ...]) -> tuple[bytes, bytes, bytes, bytes]:
+    channel, chip, intermediate, root = chain
+    return channel, chip, intermediate, root

@@ -1,0 +1,100 @@
+"""What both sides of a handoff work on."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from spvtpm.processor.admission import Admission
+from spvtpm.processor.channel_identity import ChannelKeys
+from spvtpm.processor.migration.departures import Departures
+from spvtpm.processor.migration.handoff import Act, Event, Rule, State, rule_for
+from spvtpm.processor.migration.peers import Peers
+from spvtpm.processor.owner_commands import Estate
+from spvtpm.processor.security_block import VmSecurityBlock
+from spvtpm.processor.users import Users
+from spvtpm.processor.vtpm import Vtpm
+from spvtpm.processor.vtpm_services import Boot
+from spvtpm.wire.errors import WrongState
+
+
+@dataclass(frozen=True, slots=True)
+class Realm:
+    """What both sides of a handoff work on.
+
+    Attributes:
+        estate: blocks, vTPMs, NV.
+        users: who may have what.
+        admission: which VMs may come.
+        departures: vTPMs that have left.
+        keys: who this secure processor is.
+        peers: which others are genuine.
+    """
+
+    estate: Estate
+    users: Users
+    admission: Admission
+    departures: Departures
+    keys: ChannelKeys
+    peers: Peers
+
+    def vtpm_of(self, block: VmSecurityBlock) -> Vtpm:
+        """A VM's vTPM.
+
+        Raises:
+            WrongState: it has none.
+        """
+        if block.vtpm_id is None:
+            raise WrongState(f"VM {block.vm_id} has no vTPM")
+        return self.estate.vtpms.get(block.vtpm_id)
+
+    def boot_of(self, block: VmSecurityBlock) -> Boot:
+        """The boot that is under way."""
+        assert block.boot_id is not None  # noqa: S101  # a running block has one
+        return Boot(block.boot_id, block.boot_key(), self.users.of(block))
+
+
+class Side:
+    """One side of a handoff, which does what the rules say and nothing else. Whoever calls `advance` holds the VM's lock.
+
+    Args:
+        vm_id: the VM.
+        handoff: its id, 16 bytes.
+        state: in which it begins.
+        rules: of this side.
+        acts: how each act is done.
+        store: makes a state durable.
+    """
+
+    def __init__(
+        self,
+        vm_id: uuid.UUID,
+        handoff: bytes,
+        state: State,
+        rules: Sequence[Rule],
+        acts: Mapping[Act, Callable[[], Awaitable[None]]],
+        store: Callable[[State], Awaitable[None]],
+    ) -> None:
+        self.vm_id = vm_id
+        self.handoff = handoff
+        self.state = state
+        self._rules = rules
+        self._acts = acts
+        self._store = store
+
+    async def advance(self, event: Event) -> None:
+        """Follows the rule for an event.
+
+        Raises:
+            WrongState: there is none in this state.
+            SpvtpmError: of what comes before the new state; the side is as it was. Or of what comes then.
+        """
+        rule = rule_for(self._rules, self.state, event)
+        for act in rule.before:
+            await self._acts[act]()
+        if rule.is_durable:
+            await self._store(rule.to)
+        self.state = rule.to
+        for act in rule.then:
+            await self._acts[act]()
