@@ -75,8 +75,9 @@ class Console:
 
     def _open(self, stream: FrameStream) -> tuple[SecureChannel, list[bytes]]:
         """The open channel, and what was said in it already: whoever is between may join frames."""
-        deadline = time.monotonic() + _INTRODUCTION_S
         try:
+            self._commands.await_entry(stream.has_gone)
+            deadline = time.monotonic() + _INTRODUCTION_S
             channel = self._introduce(stream, deadline)
         except SpvtpmError as error:
             stream.send(encode_clear(error_reply(error)))
@@ -156,7 +157,7 @@ class _Conversation:
 
     def _run(self, run: Run, commands: Commands, connection: socket.socket) -> None:
         try:
-            command = commands.start(run.arguments)
+            command = commands.start(run.arguments, self._stream.has_gone)
         except OSError as error:
             self._say(Output(stream="stderr", data=f"{run.arguments[0]}: {error.strerror}\n".encode()))
             self._say(Ended(code=NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE))

@@ -31,6 +31,12 @@ class FrameStream:
         """From now on, the other side may take what is sent as late as it likes."""
         self._connection.settimeout(None)
 
+    def has_gone(self) -> bool:
+        """Whether the other side has closed."""
+        poll = select.poll()
+        poll.register(self._connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def receive(self, deadline: float | None, or_readable: int | None = None) -> bytes | None:
         """The next frame; None: there was none until the deadline, or the other descriptor is readable.
 

@@ -6,7 +6,8 @@ In its directory:
     tpm, tpm.ctrl    where TPM clients come in
     console.sock     where its owner's console comes in (`wire/console.py`)
     control.sock     where its hypervisor commands (`wire/machine_control.py`)
-    image            its memory, sealed, once it is suspended
+    image            its memory, sealed, once it is suspended, or as a stream from where it comes (`wire/memory_records.py`)
+    copy             records of its memory, sealed, while it moves to another host (`memory_copy.py`)
 
 It takes its key from the secure processor, and keeps it in this process's memory alone.
 """
@@ -21,7 +22,7 @@ import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from spvtpm.files import read_file, replace_file
 from spvtpm.files.removal import remove_tree
@@ -30,12 +31,26 @@ from spvtpm.guest.console_server import Console
 from spvtpm.guest.launch_secret import take_launch_secret
 from spvtpm.guest.machine_sockets import MachineSocket
 from spvtpm.guest.memory import InterfaceMemory
+from spvtpm.guest.memory_copy import Copied, MemoryCopy
 from spvtpm.guest.memory_image import open_image, pack, seal, unpack
 from spvtpm.guest.own_process import adopt_orphans, protect_own_memory
 from spvtpm.guest.vtpm_door import VtpmDoor
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
 from spvtpm.wire.errors import InterfaceError, ResourceError, SpvtpmError, StorageError, WrongState
-from spvtpm.wire.machine_control import AwaitReady, ControlRequest, GoOn, MachineState, PowerOff
+from spvtpm.wire.machine_control import (
+    AwaitReady,
+    ControlRequest,
+    CopyMemory,
+    FinishCopy,
+    GoOn,
+    Halt,
+    MachineState,
+    MachineStateName,
+    MemoryCopied,
+    PowerOff,
+)
+from spvtpm.wire.memory_records import is_stream
+from spvtpm.wire.memory_stream import open_stream
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +89,14 @@ class Machine:
         self._place = place
         self._memory = place.directory / "memory"
         self._lock = threading.Lock()  # one change of state at a time
-        self._state: Literal["running", "suspended", "off"] = "off"
+        self._state: MachineStateName = "off"
         self._settled = threading.Event()
         self._failure: SpvtpmError | None = None
         self._is_over = False
         self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # there is something to look at for `_watch`
         self._vm_key = b""
         self._door: VtpmDoor | None = None
+        self._copy: MemoryCopy | None = None
         self._commands = Commands(self._memory, "")
 
     def run(self) -> None:
@@ -124,12 +140,18 @@ class Machine:
             raise StorageError(f"cannot make {self._memory}: {error.strerror}") from None
         if place.resumes:
             image = read_file(place.directory / "image", MAX_IMAGE_BYTES)
-            unpack(open_image(self._vm_key, place.vm_id, image), self._memory)
+            unpack(self._open(image), self._memory)
+        self._copy = MemoryCopy(self._vm_key, self._memory, place.directory / "copy")
         if place.interface is not None:
             self._door = VtpmDoor(place.interface, place.directory / "tpm", self._vm_key)
             self._door.open()
             self._commands = Commands(self._memory, self._door.tcti)
         self._state = "running"
+
+    def _open(self, image: bytes) -> bytes:
+        if is_stream(image):
+            return open_stream(self._vm_key, image)
+        return open_image(self._vm_key, self._place.vm_id, image)
 
     def _end(self) -> None:
         self._is_over = True
@@ -160,7 +182,7 @@ class Machine:
     def _interface(self) -> InterfaceMemory | None:
         return self._door.memory if self._door is not None else None
 
-    def _control(self, request: ControlRequest) -> MachineState:
+    def _control(self, request: ControlRequest) -> MachineState | MemoryCopied:
         if not self._settled.wait(_READY_S):
             raise ResourceError("the machine is still booting")
         if self._failure is not None:
@@ -174,6 +196,11 @@ class Machine:
                     return MachineState(vm_id=self._place.vm_id, state="off")
                 case GoOn():
                     self._go_on()
+                case Halt():
+                    self._halt()
+                case CopyMemory() | FinishCopy():
+                    copied = self._copied(request)
+                    return MemoryCopied(vm_id=self._place.vm_id, records=copied.records, bytes=copied.bytes)
                 case _:
                     self._suspend()
         return MachineState(vm_id=self._place.vm_id, state=self._state)
@@ -181,8 +208,7 @@ class Machine:
     def _suspend(self) -> None:
         if self._state == "suspended":
             return
-        if self._state != "running":
-            raise WrongState("the machine is off")
+        self._require("running")
         self._state = "suspended"
         try:
             self._commands.end_all()
@@ -194,8 +220,33 @@ class Machine:
             self._go_on()
             raise
 
+    def _halt(self) -> None:
+        if self._state == "halted":
+            return
+        self._require("running")
+        self._state = "halted"
+        try:
+            self._commands.halt()
+            if self._door is not None:
+                self._door.close()
+        except SpvtpmError:
+            self._go_on()
+            raise
+
+    def _copied(self, request: CopyMemory | FinishCopy) -> Copied:
+        assert self._copy is not None  # noqa: S101  # it has booted
+        if isinstance(request, FinishCopy):
+            self._require("halted")
+            return self._copy.finish(request.handoff_id, request.stop_nonce)
+        self._require("running", "halted")
+        return self._copy.round(request.handoff_id)
+
+    def _require(self, *states: MachineStateName) -> None:
+        if self._state not in states:
+            raise WrongState(f"the machine is {self._state}")
+
     def _go_on(self) -> None:
-        if self._state != "suspended":
+        if self._state not in ("suspended", "halted"):
             return
         if self._door is not None and self._interface is None:
             self._door.open()
@@ -212,6 +263,8 @@ class Machine:
                 log.error("%s", error)
             if self._door is not None:
                 self._door.close()
+            if self._copy is not None:
+                self._copy.discard()
             try:
                 remove_tree(self._memory)
             except StorageError as error:

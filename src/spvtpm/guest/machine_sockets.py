@@ -19,7 +19,6 @@ from spvtpm.wire.machine_control import (
     MAX_CONTROL_BYTES,
     ControlReply,
     ControlRequest,
-    MachineState,
     encode_control,
     parse_control_request,
 )
@@ -62,7 +61,7 @@ class MachineSocket:
         """Handles each connection in a thread of its own."""
         threading.Thread(target=self._accept, args=(handle,), daemon=True, name=self._path.name).start()
 
-    def serve_control(self, carry_out: Callable[[ControlRequest], MachineState]) -> None:
+    def serve_control(self, carry_out: Callable[[ControlRequest], ControlReply]) -> None:
         """Has requests of the hypervisor carried out."""
         self.serve(lambda connection: _serve_control(connection, carry_out))
 
@@ -102,7 +101,7 @@ class MachineSocket:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _serve_control(connection: socket.socket, carry_out: Callable[[ControlRequest], MachineState]) -> None:
+def _serve_control(connection: socket.socket, carry_out: Callable[[ControlRequest], ControlReply]) -> None:
     stream = FrameStream(connection, MAX_CONTROL_BYTES)
     try:
         while (frame := stream.receive(time.monotonic() + _IDLE_S)) is not None:
@@ -111,7 +110,7 @@ def _serve_control(connection: socket.socket, carry_out: Callable[[ControlReques
         log.debug("a control connection ended: %s", error)
 
 
-def _answer(frame: bytes, carry_out: Callable[[ControlRequest], MachineState]) -> ControlReply:
+def _answer(frame: bytes, carry_out: Callable[[ControlRequest], ControlReply]) -> ControlReply:
     try:
         return carry_out(parse_control_request(frame))
     except SpvtpmError as error:

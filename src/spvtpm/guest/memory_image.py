@@ -13,6 +13,7 @@ Source: AES-GCM: NIST SP 800-38D; HKDF: RFC 5869; tar: POSIX.1-2008, pax. Format
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -20,6 +21,7 @@ import struct
 import tarfile
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -30,6 +32,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
 from spvtpm.wire.errors import StorageError
+from spvtpm.wire.memory_records import MAX_MEMORY_BYTES
 from spvtpm.wire.platform_errors import ImageDamaged
 
 _HEADER: Final = struct.Struct("<8sH16s12s")
@@ -37,11 +40,14 @@ _MAGIC: Final = b"SPVTPMEM"
 _VERSION: Final = 1
 _TAG_BYTES: Final = 16
 _MAX_ENTRIES: Final = 10_000
-_MAX_ARCHIVE_BYTES: Final = MAX_IMAGE_BYTES - _HEADER.size - _TAG_BYTES
+_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # or a link or a socket is in its place
+_MAX_ARCHIVE_BYTES: Final = MAX_MEMORY_BYTES  # what can sleep can move, too
 
 
 def pack(directory: Path) -> bytes:
     """Regular files and directories below it as an archive; the same for the same content.
+
+    Programs may run meanwhile: what goes while it is read is left out.
 
     Raises:
         StorageError: it is too much, or cannot be read.
@@ -68,28 +74,46 @@ def _walk(directory: Path) -> Iterator[Path]:
     queue = sorted(directory.iterdir(), reverse=True)
     while queue:
         path = queue.pop()
-        mode = path.lstat().st_mode
-        if stat.S_ISDIR(mode):
-            yield path
-            queue += sorted(path.iterdir(), reverse=True)
-        elif stat.S_ISREG(mode):
-            yield path
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = path.lstat().st_mode
+            if stat.S_ISDIR(mode):
+                below = sorted(path.iterdir(), reverse=True)
+                yield path
+                queue += below
+            elif stat.S_ISREG(mode):
+                yield path
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str) -> None:
-    status = path.lstat()
-    entry = tarfile.TarInfo(name)
-    entry.mode = stat.S_IMODE(status.st_mode) & 0o777
-    entry.mtime = int(status.st_mtime)
-    if stat.S_ISDIR(status.st_mode):
-        entry.type = tarfile.DIRTYPE
-        tar.addfile(entry)
-        return
-    if status.st_size > _MAX_ARCHIVE_BYTES:
-        raise StorageError(f"the VM's memory is more than {_MAX_ARCHIVE_BYTES} bytes")
-    content = path.read_bytes()
-    entry.size = len(content)
-    tar.addfile(entry, io.BytesIO(content))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _GONE:
+            return
+        raise
+    try:
+        status = os.fstat(descriptor)
+        entry = tarfile.TarInfo(name)
+        entry.mode = stat.S_IMODE(status.st_mode) & 0o777
+        entry.mtime = int(status.st_mtime)
+        if stat.S_ISDIR(status.st_mode):
+            entry.type = tarfile.DIRTYPE
+            tar.addfile(entry)
+        elif stat.S_ISREG(status.st_mode):
+            content = _content(descriptor)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    finally:
+        os.close(descriptor)
+
+
+def _content(descriptor: int) -> bytes:
+    if os.fstat(descriptor).st_size <= _MAX_ARCHIVE_BYTES:
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(_MAX_ARCHIVE_BYTES + 1)  # it may grow meanwhile
+        if len(content) <= _MAX_ARCHIVE_BYTES:
+            return content
+    raise StorageError(f"the VM's memory is more than {_MAX_ARCHIVE_BYTES} bytes")
 
 
 def unpack(archive: bytes, directory: Path) -> None:

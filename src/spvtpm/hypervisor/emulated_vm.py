@@ -17,57 +17,43 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, TypeVar
 
-import msgspec
-
-from spvtpm.files import read_file, replace_file, sync_directory
-from spvtpm.files.removal import remove_tree
-from spvtpm.hypervisor.frames import ask, connected
+from spvtpm.hypervisor.frames import connected
+from spvtpm.hypervisor.machine_directory import MachineDirectory
+from spvtpm.hypervisor.machine_link import ask_machine
 from spvtpm.hypervisor.machine_process import MachineProcess
 from spvtpm.hypervisor.virtual_machine import Boot, Console, MachineState
 from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
-from spvtpm.wire.decoding import UNDECODABLE, printable
-from spvtpm.wire.errors import (
-    MessageError,
-    NotRunning,
-    SpvtpmError,
-    StorageError,
-    WrongState,
-    error_from_code,
-)
+from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.errors import NotRunning, SpvtpmError, StorageError, WrongState
 from spvtpm.wire.machine_control import (
     MAX_CONTROL_BYTES,
     AwaitReady,
     ControlRequest,
+    CopyMemory,
+    FinishCopy,
     GoOn,
+    Halt,
+    MemoryCopied,
     PowerOff,
     Suspend,
-    encode_control,
-    parse_control_reply,
 )
 from spvtpm.wire.machine_control import MachineState as MachineIs
-from spvtpm.wire.messages import ErrorReply
+from spvtpm.wire.memory_records import NewestRecords, Record, split_records
 from spvtpm.wire.platform_errors import MachineFailed
 
 log = logging.getLogger(__name__)
+
+_Reply = TypeVar("_Reply", MachineIs, MemoryCopied)
 
 _READY_S: Final = 60.0
 _LOOK_S: Final = 0.02
 _POWER_OFF_S: Final = 20.0
 _SUSPEND_S: Final = 60.0
 _ADOPT_S: Final = 10.0
-_MAX_LOG_BYTES: Final = 65_536
-_MAX_BOOT_BYTES: Final = 4096
-
-
-class _BootRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    boots: int
-    resumes: bool
 
 
 class EmulatedVm:
@@ -85,8 +71,8 @@ class EmulatedVm:
         self, vm_id: uuid.UUID, directory: Path, users: VmUsers, on_end: Callable[[], None], left: int | None = None
     ) -> None:
         self._vm_id = vm_id
-        self._directory = directory
-        self._own = directory / "machine"
+        self._directory = MachineDirectory(directory, users)
+        self._own = self._directory.own
         self._users = users
         self._on_end = on_end
         self._left = left
@@ -108,12 +94,12 @@ class EmulatedVm:
     @property
     def is_kept(self) -> bool:
         """Whether the host has anything of it."""
-        return self._directory.is_dir()
+        return self._directory.path.is_dir()
 
     @property
     def image(self) -> Path:
         """Where its memory is while it is suspended, and after."""
-        return self._own / "image"
+        return self._directory.image
 
     @property
     def pid(self) -> int | None:
@@ -128,12 +114,11 @@ class EmulatedVm:
             return
         try:
             self._watch(left)
-            record = msgspec.json.decode(read_file(self._directory / "boot", _MAX_BOOT_BYTES), type=_BootRecord)
-            self._boots = record.boots
+            self._boots = self._directory.boots()
             if await self._is_starting():
                 self._state = "starting"
             else:
-                self._take(await self._ask(AwaitReady(), _ADOPT_S))
+                await self._change(AwaitReady(), _ADOPT_S)
             log.info("VM %s: its machine, process %d, goes on", self._vm_id, left)
         except (SpvtpmError, OSError, *UNDECODABLE) as error:
             log.warning("VM %s: its machine is of no use and ended: %s", self._vm_id, error)
@@ -154,8 +139,8 @@ class EmulatedVm:
             StorageError: there is no room.
         """
         try:
-            self._make_room()
-            uid = self._own.stat().st_uid
+            self._directory.make_room()
+            uid = self._directory.uid
         except OSError as error:
             raise StorageError(f"no room for the machine of VM {self._vm_id}: {error.strerror or error}") from None
         return None if uid == os.geteuid() else uid
@@ -173,9 +158,9 @@ class EmulatedVm:
                 f"VM {self._vm_id} does not get its key from the secure processor: its owner did not want that"
             )
         try:
-            self._make_room()
+            self._directory.make_room()
             await self._clear()
-            replace_file(self._directory / "boot", msgspec.json.encode(_BootRecord(boot.boots, boot.resumes)))
+            self._directory.note_boot(boot)
             self._boots = boot.boots
             self._spawn(boot, boot.secret)
         except OSError as error:
@@ -195,18 +180,20 @@ class EmulatedVm:
                 while await self._is_starting():
                     if await process.wait(_LOOK_S):
                         raise MachineFailed(f"the machine of VM {self._vm_id} has ended")
-                self._take(await self._ask(AwaitReady(), _READY_S))
+                await self._change(AwaitReady(), _READY_S)
         except (SpvtpmError, TimeoutError) as error:
             await self.end()
             why = str(error) or f"it was not ready after {_READY_S:g} s"
-            raise MachineFailed(f"the machine of VM {self._vm_id} did not come up: {why}{self._last_words()}") from None
+            raise MachineFailed(
+                f"the machine of VM {self._vm_id} did not come up: {why}{self._directory.last_words()}"
+            ) from None
 
     async def stop(self) -> None:
         """Powers it off in order; by force if it takes too long. Its memory is gone."""
         process = self._process
-        if process is not None and self._state == "running":
+        if process is not None and self._state in ("running", "halted"):
             try:
-                await self._ask(PowerOff(), _POWER_OFF_S)
+                await self._ask(PowerOff(), MachineIs, _POWER_OFF_S)
                 await process.wait(_POWER_OFF_S)
             except SpvtpmError as error:
                 log.warning("VM %s: its machine is not powered off in order: %s", self._vm_id, error)
@@ -231,7 +218,7 @@ class EmulatedVm:
         Raises:
             SpvtpmError: it cannot be suspended, and runs on.
         """
-        self._take(await self._ask(Suspend(), _SUSPEND_S))
+        await self._change(Suspend(), _SUSPEND_S)
         if self._state != "suspended" or not self.image.is_file():
             raise MachineFailed(f"the machine of VM {self._vm_id} was to be suspended, and is not")
 
@@ -241,16 +228,59 @@ class EmulatedVm:
         Raises:
             SpvtpmError: it cannot.
         """
-        self._take(await self._ask(GoOn(), _SUSPEND_S))
+        await self._change(GoOn(), _SUSPEND_S)
+
+    async def copy_memory(self, handoff_id: bytes) -> AsyncIterator[bytes]:
+        """Records of what has changed in its memory since the last round of this handoff.
+
+        Raises:
+            SpvtpmError: it cannot be copied, and runs on.
+        """
+        for record in await self._copied(CopyMemory(handoff_id=handoff_id)):
+            yield record.data
+
+    async def halt(self) -> None:
+        """Lets nothing new run in it.
+
+        Raises:
+            SpvtpmError: it cannot be halted, and runs on.
+        """
+        await self._change(Halt(), _SUSPEND_S)
+        if self._state != "halted":
+            raise MachineFailed(f"the machine of VM {self._vm_id} was to be halted, and is not")
+
+    async def finish_copy(self, handoff_id: bytes, stop_nonce: bytes) -> AsyncIterator[bytes]:
+        """The last records of its memory, with the final one.
+
+        Raises:
+            SpvtpmError: it cannot be copied, and is halted still.
+        """
+        for record in await self._copied(FinishCopy(handoff_id=handoff_id, stop_nonce=stop_nonce)):
+            yield record.data
+
+    async def _copied(self, request: CopyMemory | FinishCopy) -> list[Record]:
+        reply = await self._ask(request, MemoryCopied, _SUSPEND_S)
+        copy = await self._directory.read_copy()
+        records = list(split_records(copy))
+        if (reply.records, reply.bytes) != (len(records), len(copy)):
+            raise MachineFailed(f"the machine of VM {self._vm_id} has written something else than it says")
+        return records
+
+    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, records: Iterable[bytes]) -> None:
+        """Stores its memory as it came from another host, durably, as its image.
+
+        Raises:
+            MemoryStreamDamaged: records are none, or the final one is missing.
+            StorageError: it cannot be written.
+        """
+        newest = NewestRecords()
+        for record in records:
+            newest.take(record)
+        await self._directory.put_image(newest.stream(handoff_id, stop_nonce))
 
     async def forget_image(self) -> None:
         """Removes the image, durably."""
-        try:
-            self.image.unlink(missing_ok=True)
-            if self._own.is_dir():
-                await asyncio.to_thread(sync_directory, self._own)
-        except OSError as error:
-            raise StorageError(f"cannot remove {self.image}: {error.strerror}") from None
+        await self._directory.forget_image()
 
     async def put_image(self, image: bytes) -> None:
         """Stores an image that was brought from elsewhere, durably.
@@ -258,13 +288,7 @@ class EmulatedVm:
         Raises:
             StorageError: it cannot be written.
         """
-        try:
-            self._make_room()
-            await asyncio.to_thread(replace_file, self.image, image)
-            os.chown(self.image, self._own.stat().st_uid, -1, follow_symlinks=False)
-            await asyncio.to_thread(sync_directory, self._directory.parent)
-        except OSError as error:
-            raise StorageError(f"cannot write {self.image}: {error.strerror}") from None
+        await self._directory.put_image(image)
 
     async def read_image(self) -> bytes:
         """The image.
@@ -272,7 +296,7 @@ class EmulatedVm:
         Raises:
             StorageError: there is none, or it is too long.
         """
-        return await asyncio.to_thread(read_file, self.image, MAX_IMAGE_BYTES, private=False)
+        return await self._directory.read_image()
 
     async def remove(self) -> None:
         """Removes all that the host has of it.
@@ -280,7 +304,7 @@ class EmulatedVm:
         Raises:
             StorageError: something cannot be removed.
         """
-        await asyncio.to_thread(remove_tree, self._directory)
+        await self._directory.remove()
 
     def console(self) -> Console:
         """Its console.
@@ -288,26 +312,13 @@ class EmulatedVm:
         Raises:
             WrongState: it does not run.
         """
-        if self._state != "running" or self._process is None:
+        if self._state not in ("running", "halted") or self._process is None:  # a halted one lets them wait
             raise WrongState(f"VM {self._vm_id} does not run, so there is nobody at its console")
         return Console(self._own / "console.sock", self._process.pid)
 
-    def _make_room(self) -> None:
-        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        self._directory.chmod(0o711)  # whatever the umask took
-        if not self._own.exists():
-            new = self._own.with_name("machine.new")  # a machine's directory is its user's, or not there
-            remove_tree(new)
-            uid = self._users.next_uid()
-            new.mkdir(mode=0o700)
-            os.chown(new, uid, -1)
-            new.rename(self._own)
-
     async def _clear(self) -> None:
-        """Removes what a machine that is gone has left behind: sockets, and memory in clear. Its image stays."""
         self._has_remains = False
-        if self._own.is_dir():
-            await asyncio.to_thread(_clear_directory, self._own)
+        await self._directory.clear()
 
     def _spawn(self, boot: Boot, secret: Path) -> None:
         command = [sys.executable, "-m", "spvtpm.cli", "guest", "machine", str(self._own), "--vm", str(self._vm_id)]
@@ -316,7 +327,7 @@ class EmulatedVm:
             command += ["--interface", str(boot.interface)]
         if boot.resumes:
             command.append("--resume")
-        with (self._directory / "log").open("wb") as sink:
+        with (self._directory.path / "log").open("wb") as sink:
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -326,60 +337,30 @@ class EmulatedVm:
                 env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self._own), "LANG": "C.UTF-8"},
                 start_new_session=True,
                 umask=0o077,
-                **self._users.identity(self._own.stat().st_uid),
+                **self._users.identity(self._directory.uid),
             )
         child.returncode = 0  # it is watched by its descriptor, and buried there
         self._watch(child.pid)
         self._state = "starting"
 
     def _watch(self, pid: int) -> None:
-        self._process = MachineProcess(pid, self._ended, self._users.alone(self._own.stat().st_uid))
+        self._process = MachineProcess(pid, self._ended, self._users.alone(self._directory.uid))
 
     def _ended(self) -> None:
         process = self._process
         if process is not None and process.ended.is_set():
-            log.warning("VM %s: its machine, process %d, has ended%s", self._vm_id, process.pid, self._last_words())
+            log.warning(
+                "VM %s: its machine, process %d, has ended%s", self._vm_id, process.pid, self._directory.last_words()
+            )
             self._process, self._state, self._has_remains = None, "none", True
             self._on_end()
 
-    async def _ask(self, request: ControlRequest, timeout_s: float) -> MachineIs:
-        path = self._own / "control.sock"
-        try:
-            answer = await ask(path, "machine", encode_control(request), MAX_CONTROL_BYTES, timeout_s, self.pid)
-        except NotRunning as error:  # which would be said of the secure processor
-            raise MachineFailed(str(error)) from None
-        reply = parse_control_reply(answer)
-        if isinstance(reply, ErrorReply):
-            raise error_from_code(reply.code, printable(reply.message))
-        if reply.vm_id != self._vm_id:
-            raise MessageError(f"the machine of VM {self._vm_id} says that it is that of VM {reply.vm_id}")
-        return reply
+    async def _change(self, request: ControlRequest, timeout_s: float) -> None:
+        """Has it become something else, and takes note of what it says that it is."""
+        reply = await self._ask(request, MachineIs, timeout_s)
+        if reply.state == "off":
+            raise MachineFailed(f"the machine of VM {self._vm_id} is off")
+        self._state = reply.state
 
-    def _take(self, reply: MachineIs) -> None:
-        states: dict[Literal["running", "suspended", "off"], MachineState] = {
-            "running": "running",
-            "suspended": "suspended",
-        }
-        if reply.state not in states:
-            raise MachineFailed(f"the machine of VM {self._vm_id} is {reply.state}")
-        self._state = states[reply.state]
-
-    def _last_words(self) -> str:
-        """The end of what it has said, for a sentence."""
-        try:
-            words = read_file(self._directory / "log", _MAX_LOG_BYTES)
-        except StorageError:
-            return ""
-        lines = words.decode(errors="replace").strip().splitlines()
-        return f" ({printable(lines[-1])[:512]})" if lines else ""
-
-
-def _clear_directory(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.name == "image":
-            continue
-        if path.is_dir() and not path.is_symlink():
-            with suppress(StorageError):  # the machine that comes next says so
-                remove_tree(path)
-        else:
-            path.unlink(missing_ok=True)
+    async def _ask(self, request: ControlRequest, answer: type[_Reply], timeout_s: float) -> _Reply:
+        return await ask_machine(self._own / "control.sock", self._vm_id, request, answer, timeout_s, self.pid)

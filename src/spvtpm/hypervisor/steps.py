@@ -28,7 +28,7 @@ class Step(Enum):
     POWER_OFF = auto()  # the machine ends in order
     END_MACHINE = auto()  # the machine ends at once
     SUSPEND = auto()  # the machine's memory goes into its image
-    GO_ON = auto()  # the suspended machine runs on
+    GO_ON = auto()  # the suspended or halted machine runs on
     FORGET_IMAGE = auto()  # its image is of no use any more
     REMOVE = auto()  # what the host has of it goes
 
@@ -104,7 +104,7 @@ def _towards_running(sight: Sight) -> Step:
     if sight.has_machine:
         if not sight.takes_part:
             return Step.END_MACHINE
-        if sight.machine == "suspended":
+        if sight.machine in ("suspended", "halted"):
             return Step.GO_ON
         if sight.machine == "starting":
             return Step.AWAIT_MACHINE
@@ -153,6 +153,8 @@ def _towards_hibernated(sight: Sight) -> Step:
     if sight.has_machine:
         if sight.machine == "suspended":
             return Step.HIBERNATE
+        if sight.machine == "halted":
+            return Step.GO_ON
         if sight.machine == "starting":
             return Step.AWAIT_MACHINE
         return Step.FORGET_IMAGE if sight.image or sight.resuming else Step.SUSPEND

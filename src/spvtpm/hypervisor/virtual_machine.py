@@ -6,13 +6,13 @@ A driver knows one kind of machine. The first is `emulated_vm.py`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-MachineState = Literal["none", "starting", "running", "suspended"]
-"""Of a machine: there is none; it comes up; it runs; nothing runs in it, and its memory is in its image."""
+MachineState = Literal["none", "starting", "running", "suspended", "halted"]
+"""Of a machine: there is none; it comes up; it runs; nothing runs in it, and its memory is in its image; nothing runs in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class VirtualMachine(Protocol):
     """One VM's machine. Calls on it come one after the other.
 
     Life: (`adopt` →) `start` → `suspend` → `go_on` or `end` … `stop`; and again from `start`.
+
+    To another host: `copy_memory`, and again … `halt` → `finish_copy` → `stop`, or `go_on`; there `put_memory` → `start`.
     """
 
     @property
@@ -111,8 +113,51 @@ class VirtualMachine(Protocol):
             SpvtpmError: it cannot be suspended, and runs on.
         """
 
+    def copy_memory(self, handoff_id: bytes) -> AsyncIterator[bytes]:
+        """Records of what has changed in its memory since the last round of this handoff, sealed; it may run meanwhile.
+
+        A round that is not taken to its end makes the whole copy worthless.
+
+        Args:
+            handoff_id: 16 bytes; another handoff begins anew.
+
+        Raises:
+            SpvtpmError: it cannot be copied, and runs on.
+        """
+
+    async def halt(self) -> None:
+        """Lets nothing new run in it: what runs may end, for a while. Who comes to its console waits.
+
+        Raises:
+            SpvtpmError: it cannot be halted, and runs on.
+        """
+
+    def finish_copy(self, handoff_id: bytes, stop_nonce: bytes) -> AsyncIterator[bytes]:
+        """The last records of the memory of one that is halted; the very last one vouches for all. Once in a handoff.
+
+        Args:
+            handoff_id: 16 bytes.
+            stop_nonce: 32 bytes, that the secure processor has made when it had stopped the vTPM.
+
+        Raises:
+            SpvtpmError: it cannot be copied, and is halted still.
+        """
+
+    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, records: Iterable[bytes]) -> None:
+        """Stores memory that came from another host, durably, as the image with which a machine goes on.
+
+        Args:
+            handoff_id: 16 bytes.
+            stop_nonce: 32 bytes.
+            records: in the order in which they were made, the final one last; `memory_records.NewestRecords` gathers them.
+
+        Raises:
+            MemoryStreamDamaged: they are no records, or the final one is missing.
+            StorageError: it cannot be written.
+        """
+
     async def go_on(self) -> None:
-        """Lets it run on, as if it had not been suspended.
+        """Lets it run on, as if it had not been suspended or halted.
 
         Raises:
             SpvtpmError: it cannot.

@@ -108,3 +108,17 @@ class ImageDamaged(PeerError):
 
     code = "memory-image"
     hint = "The VM cannot go on where it was. Start it anew: `spvtpm vm shutdown NAME`, then `spvtpm vm start NAME`."
+
+
+class MemoryStreamDamaged(ImageDamaged):
+    """The memory of a VM that moves is not what its machine has sealed last, for this handoff."""
+
+    code = "memory-stream"
+    hint = "Nothing of it was restored. While the VM is where it was, move it again; if it has moved, start it anew."
+
+
+class CommandNotBegun(PolicyError):
+    """A command waited for its VM to go on, and the VM went away."""
+
+    code = "not-begun"
+    hint = "Nothing was run. Say it again: if the VM has moved to another host, it runs there."
