@@ -230,7 +230,7 @@ def test_a_replica_is_killed_and_the_other_one_goes_on(postgres: PostgresDatabas
                     continue
                 victim.kill()
                 toll.count(it)
-                if chance.random() < 0.4:
+                if sum(pair.taken_over()) and chance.random() < 0.4:
                     lives.wait(COMMANDS, chance.random())
                 else:  # until the other one has its work, or for good
                     before = len(pair.taken_over())

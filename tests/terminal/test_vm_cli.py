@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.terminal.platform_relay import PlatformRelay
+from spvtpm.wire.errors import ChannelError
+from spvtpm.wire.messages import GetStatus, Status
 from tests.cloud_stack import SPVTPM, CloudStack, CloudUser
 
 
@@ -106,6 +109,18 @@ def test_a_command_may_say_much_before_it_reads(alice: CloudUser) -> None:
     alice.run("vm", "create", "talks")
     done = alice.run("vm", "exec", "talks", "--", "sh", "-c", f"head -c {said} /dev/zero; wc -c", stdin=given)
     assert done == bytes(said) + b"%d\n" % len(given)
+
+
+def test_a_relay_that_was_closed_says_nothing_more_and_closes_once(cloud: CloudStack, alice: CloudUser) -> None:
+    status = cloud.hosts[0].sp.call(GetStatus())
+    assert isinstance(status, Status)
+    with alice.site() as site:
+        relay = PlatformRelay(site.platform, f"/v1/chips/{status.chip_id}/channel", 20)
+    relay.close()
+    relay.close()
+    relay.send([b"late"])
+    with pytest.raises(ChannelError):
+        relay.receive(relay.deadline())
 
 
 def test_ctrl_c_ends_the_command_in_the_vm(alice: CloudUser) -> None:

@@ -27,12 +27,11 @@ class OwnLoop:
         return asyncio.run_coroutine_threadsafe(act, self._loop).result()
 
     def close(self) -> None:
-        """Cancels what still runs, and ends; once more does nothing."""
-        if not self._loop.is_closed():
-            self.run(self._cancel_others())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        """Cancels what still runs, and ends."""
+        self.run(self._cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     @staticmethod
     async def _cancel_others() -> None:

@@ -48,6 +48,7 @@ class PlatformRelay:
         self._timeout_s = timeout_s
         connection = platform.address.connect(timeout_s)  # our own: no proxy, no redirection
         self._loop = OwnLoop("platform-relay")
+        self._is_closed = False
         try:
             self._websocket = self._loop.run(self._opened(platform, path, connection))
         except BaseException:
@@ -60,17 +61,22 @@ class PlatformRelay:
         return time.monotonic() + self._timeout_s
 
     def send(self, frames: Iterable[bytes]) -> None:
-        self._loop.run(self._send(list(frames)))
+        if not self._is_closed:
+            self._loop.run(self._send(list(frames)))
 
     def receive(self, deadline: float) -> bytes:
+        if self._is_closed:
+            raise ChannelError("the connection is closed")
         frame = self._loop.run(self._receive(deadline))
         if not isinstance(frame, bytes) or not frame:
             raise FrameError("what the platform hands on is no frame of a channel")
         return frame
 
     def close(self) -> None:
-        self._loop.run(self._websocket.close())
-        self._loop.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.run(self._websocket.close())
+            self._loop.close()
 
     async def _send(self, frames: list[bytes]) -> None:
         try:
