@@ -23,13 +23,18 @@ from spvtpm.wire.machine_control import (
     MAX_CONTROL_BYTES,
     AwaitReady,
     ControlRequest,
+    CopyMemory,
+    FinishCopy,
     GoOn,
+    Halt,
     MachineState,
+    MemoryCopied,
     PowerOff,
     Suspend,
     encode_control,
     parse_control_reply,
 )
+from spvtpm.wire.memory_records import split_records
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_messages import MyVm
 from tests.harness import RunningSp
@@ -126,6 +131,20 @@ class RunningMachine:
 
     def ask(self, request: ControlRequest | bytes) -> MachineState:
         """One request of the hypervisor; a refusal is raised."""
+        reply = self._exchange(request)
+        assert isinstance(reply, MachineState)
+        return reply
+
+    def copy(self, request: CopyMemory | FinishCopy) -> list[bytes]:
+        """The records that it writes."""
+        reply = self._exchange(request)
+        assert isinstance(reply, MemoryCopied)
+        written = (self.directory / "copy").read_bytes()
+        records = [record.data for record in split_records(written)]
+        assert (reply.records, reply.bytes) == (len(records), len(written))
+        return records
+
+    def _exchange(self, request: ControlRequest | bytes) -> MachineState | MemoryCopied:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PATIENCE_S)
             connection.connect(str(self.directory / "control.sock"))
@@ -149,6 +168,10 @@ class RunningMachine:
     def suspend(self) -> None:
         """Its memory is in its image."""
         assert self.ask(Suspend()).state == "suspended"
+
+    def halt(self) -> None:
+        """Nothing runs in it any more."""
+        assert self.ask(Halt()).state == "halted"
 
     def go_on(self) -> None:
         """It runs on."""
