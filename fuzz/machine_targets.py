@@ -17,8 +17,10 @@ from spvtpm.guest.memory_image import open_image, pack, seal, unpack
 from spvtpm.wire import console
 from spvtpm.wire import machine_control as control
 from spvtpm.wire.errors import MessageError, StorageError
+from spvtpm.wire.memory_records import NewestRecords, PageLedger, parse_record, parse_stream, split_records
+from spvtpm.wire.memory_stream import PageSealer, open_stream, seal_final, verify_final
 from spvtpm.wire.messages import ErrorReply
-from spvtpm.wire.platform_errors import ImageDamaged
+from spvtpm.wire.platform_errors import ImageDamaged, MemoryStreamDamaged
 
 T = TypeVar("T")
 _VM, _KEY = uuid.UUID("6ba7b810-9dad-11d1-80b4-00c04fd430c8"), b"k" * 32
@@ -38,10 +40,14 @@ _CONTROL: Sequence[control.ControlRequest] = (
     control.AwaitReady(),
     control.PowerOff(),
     control.Suspend(),
+    control.CopyMemory(handoff_id=b"h" * 16),
+    control.Halt(),
+    control.FinishCopy(handoff_id=b"h" * 16, stop_nonce=b"s" * 32),
     control.GoOn(),
 )
 _STATES: Sequence[control.ControlReply] = (
     control.MachineState(vm_id=_VM, state="running"),
+    control.MemoryCopied(vm_id=_VM, records=3, bytes=70_000),
     ErrorReply("wrong-state", "it is off"),
 )
 _KINDS = {type(message).__name__ for message in (*_REQUESTS, *_REPLIES, *_CONTROL, *_STATES)}
@@ -71,6 +77,65 @@ def fuzz_memory_image(data: bytes) -> None:
             assert candidate != image, "what was sealed opens"
         else:
             assert candidate == image and opened == archive, "what was altered is refused"
+
+
+_HANDOFF, _STOP = b"h" * 16, b"s" * 32
+
+
+def fuzz_memory_stream(data: bytes) -> None:
+    """Memory on its way: it is what was there last, whatever is done to its records, or it does not open."""
+    program = Program(data)
+    older, newer = program.take(program.below(100)), program.take(program.below(100))
+    sealer, ledger = PageSealer(_KEY, _HANDOFF), PageLedger()
+    records = [sealer.seal(0, page) for page in (older, newer) if page]
+    for record in records:
+        ledger.take(parse_record(record))
+    newest = newer or older
+    final = seal_final(_KEY, _HANDOFF, _STOP, ledger, len(newest))
+    sent = [program.damage(program.choose(records)) for _ in range(program.below(3))] if records else []
+    for candidates, is_whole in (([*sent, program.damage(final)], False), ([*records, final], True)):
+        gathered = NewestRecords()
+        try:
+            for candidate in candidates:
+                gathered.take(candidate)
+            opened = open_stream(_KEY, gathered.stream(_HANDOFF, _STOP))
+        except MemoryStreamDamaged:
+            assert not is_whole, "what is whole opens"
+        else:
+            assert opened == newest, "what opens is what was there last"
+
+
+def fuzz_memory_records(data: bytes) -> None:
+    """Records and files of them, from anybody: parsed whole, or a typed error; and nothing verifies."""
+    ledger = PageLedger()
+    for parse in (parse_record, parse_stream):
+        try:
+            parse(data)
+        except MemoryStreamDamaged as error:
+            str(error).encode()
+    try:
+        records = list(split_records(data))
+    except MemoryStreamDamaged:
+        return
+    assert b"".join(record.data for record in records) == data, "nothing is left over"
+    for record in records:
+        try:
+            ledger.take(record)
+        except MemoryStreamDamaged:
+            assert record.index == 0, "a final record"
+        try:
+            verify_final(_KEY, _HANDOFF, _STOP, ledger, record.data)
+        except MemoryStreamDamaged:
+            continue
+        raise AssertionError("what nobody has sealed verifies")
+
+
+def _records() -> Sequence[bytes]:
+    sealer, ledger = PageSealer(b"x" * 32, _HANDOFF), PageLedger()
+    pages = [sealer.seal(index, b"page") for index in (0, 1, 0)]
+    ledger.take(parse_record(pages[-1]))
+    records = [*pages, seal_final(b"x" * 32, _HANDOFF, _STOP, ledger, 4)]
+    return [b"".join(records), b"SPVTPMST\1\0" + _HANDOFF + _STOP + b"".join(records)]
 
 
 def fuzz_memory_archive(data: bytes) -> None:
@@ -123,5 +188,7 @@ MACHINE_TARGETS = (
         "machine_states", "a machine to its agent", control.parse_control_reply, control.encode_control, _STATES
     ),
     Target("memory_image", "a hibernated VM's memory, sealed", fuzz_memory_image, lambda: [b"\x03abc", b"\x03abc\x05"]),
+    Target("memory_stream", "a moving VM's memory, sealed", fuzz_memory_stream, lambda: [b"\x03abc\x03xyz\x02"]),
+    Target("memory_records", "what carries it", fuzz_memory_records, _records, [b"SPVTPMST", b"\1\1", b"\1\2"]),
     Target("memory_archive", "what is inside", fuzz_memory_archive, _archives, [b"ustar\x0000"], longest=8192),
 )
