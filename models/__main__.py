@@ -14,7 +14,9 @@ from models.rules_as_promela import WRITTEN, rules_as_promela
 def main() -> int:
     """The exit code: 1 if a property does not hold."""
     parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write handoff_rules.pml from the tables, and check nothing")
+    parser.add_argument(
+        "--write", action="store_true", help="write handoff_rules.pml from the tables, and check nothing"
+    )
     if parser.parse_args().write:
         WRITTEN.write_text(rules_as_promela())
         return 0

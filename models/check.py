@@ -84,6 +84,7 @@ class Checker:
         world: how much may happen.
         source: the rules of the source.
         destination: the rules of the destination.
+        is_long: a search of many seconds, for which an optimised checker is worth its compilation.
     """
 
     def __init__(
@@ -92,7 +93,10 @@ class Checker:
         world: World,
         source: Sequence[Rule] = SOURCE,
         destination: Sequence[Rule] = DESTINATION,
+        *,
+        is_long: bool = True,
     ) -> None:
+        self._optimisation = "-O2" if is_long else "-O0"
         self._directory = directory
         self._world = world
         self._compiled = dict[bool, Path]()
@@ -113,12 +117,14 @@ class Checker:
         states, errors = re.search(r"(\d+) states, stored", said), re.search(r"errors: (\d+)", said)
         if states is None or errors is None or "max search depth too small" in said:
             raise ValueError(f"the search was not through:\n{said}")
-        trace = "" if errors[1] == "0" else _steps(_run(directory, "spin", "-t", "-T", *self._defines(name), _MODEL.name))
+        trace = (
+            "" if errors[1] == "0" else _steps(_run(directory, "spin", "-t", "-T", *self._defines(name), _MODEL.name))
+        )
         return Finding(errors[1] == "0", int(states[1]), seconds, trace)
 
     def walk(self, seed: int, steps: int) -> str:
         """A walk at random: what happened, a step a line."""
-        defines = (*self._world.defines, f"-D{_NO_CALM}")
+        defines = (*self._world.defines, f"-D{_NO_CALM}", "-DWALKS")
         return _steps(_run(self._directory, "spin", f"-n{seed}", f"-u{steps}", "-T", *defines, _MODEL.name))
 
     def _defines(self, name: str) -> tuple[str, ...]:
@@ -131,7 +137,7 @@ class Checker:
             for file in self._directory.glob("*.pml"):
                 shutil.copy(file, directory)
             _run(directory, "spin", *self._defines(LIVENESS[0] if ends else SAFETY[0]), "-a", _MODEL.name)
-            _run(directory, "gcc", "-w", "-O2", "-DCOLLAPSE", "-o", "pan", "pan.c")
+            _run(directory, "gcc", "-w", self._optimisation, "-DCOLLAPSE", "-o", "pan", "pan.c")
             self._compiled[ends] = directory
         return self._compiled[ends]
 

@@ -12,7 +12,7 @@
  * one side: a crash, or the other side, can tell no difference in between.
  *
  * To see it fail, define what the rules rest on away: OFFERS_TO_ANYONE, TOKENS_ARE_NOT_CHECKED, OTHERS_PICK_IDS,
- * FAILED_STORES_MAY_LAST. NEVER_CALM leaves the end out, which safety does not need.
+ * FAILED_STORES_MAY_LAST. NEVER_CALM leaves the end out, which safety does not need. WALKS is for walks at random.
  */
 #ifndef HANDOFFS
 #define HANDOFFS 2
@@ -63,16 +63,24 @@ bool state_told_to_stranger, given_up_too_early, thrown_away, both_told, crash_r
 /* What fails ends the link, or the other side would wait for ever. */
 #define FAILS(K) failures--; cut[K] = true; printf("fails %d\n", me)
 
+/* Chance takes every option alike, and would seldom let a handoff get far: on a walk at random, misfortune has its times. */
+#ifdef WALKS
+byte luck;
+#define MISFORTUNE (luck == 0)
+#else
+#define MISFORTUNE true
+#endif
+
 /* Which event may come. A rule says in which state it leads anywhere. */
 #define COMES_SOURCE_STOP(K) running[me]
-#define COMES_SOURCE_CANCEL(K) true
+#define COMES_SOURCE_CANCEL(K) MISFORTUNE
 #define COMES_SOURCE_LINK_LOST(K) (source_end[K] && cut[K])
 #define COMES_SOURCE_PREPARED(K) (source_end[K] && (prepared_sent[K] || stranger[K]))
 #define COMES_SOURCE_RECEIPT(K) receipt_carried[K]
 #define COMES_SOURCE_ASK_COMMIT(K) true
 #define COMES_SOURCE_ASK_ABORT(K) true
 #define COMES_DESTINATION_STATE(K) (destination_end[K] && state_sent[K])
-#define COMES_DESTINATION_CANCEL(K) true
+#define COMES_DESTINATION_CANCEL(K) MISFORTUNE
 #define COMES_DESTINATION_LINK_LOST(K) (destination_end[K] && cut[K])
 #ifdef TOKENS_ARE_NOT_CHECKED
 #define COMES_DESTINATION_COMMIT(K) true
@@ -199,7 +207,7 @@ end_of_all:
     :: atomic { CAN_OFFER && MAY_OFFER(true) ->
         destination[begun] = EXPECTING; destination_end[begun] = true; OFFERS(true) }
     :: atomic { CAN_OFFER && MAY_OFFER(false) -> OFFERS(false) }
-    :: atomic { !calm && crashes[me] > 0 ->
+    :: atomic { MISFORTUNE && !calm && crashes[me] > 0 ->
         crashes[me]--; running[me] = false; process[me] = false; ENDS;
         crash(0);
 #if HANDOFFS > 1
@@ -215,7 +223,7 @@ end_of_all:
 /* A link breaks at any moment. In the end it breaks if the handoff is over at one of its sides. */
 #define IS_OVER(K) (source[K] == ABORTED || destination[K] == EMPTY)
 #define BREAKS(K) \
-    :: atomic { K < begun && !cut[K] && (source_end[K] || destination_end[K]) && (!calm || IS_OVER(K)) -> cut[K] = true; \
+    :: atomic { MISFORTUNE && K < begun && !cut[K] && (source_end[K] || destination_end[K]) && (!calm || IS_OVER(K)) -> cut[K] = true; \
         printf("breaks %d\n", K) }
 #define LOSES_TOKENS(K) commit_carried[K] = false; abort_carried[K] = false; receipt_carried[K] = false;
 
@@ -223,7 +231,10 @@ proctype World() {
 end_of_all:
     do
     EACH(BREAKS)
-    #ifdef OTHERS_PICK_IDS /* a source tells the abort token of a handoff that it does not know, and then begins it */
+#ifdef WALKS
+    :: luck = (luck + 1) % 16
+#endif
+#ifdef OTHERS_PICK_IDS /* a source tells the abort token of a handoff that it does not know, and then begins it */
     :: atomic { !calm && begun < HANDOFFS && !abort_told[begun] -> abort_carried[begun] = true; abort_told[begun] = true }
 #endif
 #ifndef NEVER_CALM

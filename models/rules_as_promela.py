@@ -60,7 +60,11 @@ def rules_as_promela(source: Sequence[Rule] = SOURCE, destination: Sequence[Rule
     sides = (_Side("SOURCE", State.ABORTED, 1), _Side("DESTINATION", State.EMPTY, 1 + len(source)))
     for side, rules in zip(sides, (source, destination), strict=True):
         begins, goes_on = _options(side, rules)
-        blocks += [_macro(f"{side.name}_BEGINS(K)", begins), _macro(f"{side.name}_GOES_ON", goes_on), _crash(side, rules)]
+        blocks += [
+            _macro(f"{side.name}_BEGINS(K)", begins),
+            _macro(f"{side.name}_GOES_ON", goes_on),
+            _crash(side, rules),
+        ]
     return "\n".join(blocks)
 
 
@@ -143,9 +147,7 @@ def _crash(side: _Side, rules: Sequence[Rule]) -> str:
     for rule in rules:
         if rule.event is Event.CRASH:
             after = f"((state) == {rule.state.name} -> {rule.to.name} : {after})"
-    return (
-        f"#define {side.name}_FORGETS_TO {side.forgets_to.name}\n#define {side.name}_AFTER_CRASH(state) \\\n    {after}\n"
-    )
+    return f"#define {side.name}_FORGETS_TO {side.forgets_to.name}\n#define {side.name}_AFTER_CRASH(state) \\\n    {after}\n"
 
 
 def _macro(head: str, options: Sequence[str]) -> str:
