@@ -5,7 +5,7 @@ ARGS ?=
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-style check-format check-types check-imports format bench fuzz lock wheel clean
+.PHONY: help demo test check check-style check-format check-types check-imports format model bench fuzz lock wheel clean
 .PHONY: ready-test ready-dev ready-fuzz
 
 help: ## this list
@@ -30,6 +30,9 @@ check-imports: ready-dev
 format: ready-dev ## put the code into ruff's format, and fix what ruff can fix
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+model: ready-test ## walk through every state of a migration's handoff with spin
+	$(PYTHON_IN_VENV) -m models
 
 bench: ready-test ## measure, side by side with the system's swtpm; ARGS=--quick for a minute
 	$(PYTHON_IN_VENV) -m benchmarks $(ARGS)
@@ -56,7 +59,7 @@ wheel: ready-dev ## build the wheel into dist/
 
 clean: ## remove what was built, and caches; .venv stays (the next run compiles again)
 	rm -rf build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests benchmarks fuzz -name __pycache__ -prune -exec rm -rf {} +
+	find src tests benchmarks fuzz models -name __pycache__ -prune -exec rm -rf {} +
 	find src \( -name '_*.so' -o -name '_*.o' -o -name '_*.c' \) -delete
 
 ready-test ready-dev ready-fuzz: ready-%:

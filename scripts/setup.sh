@@ -46,7 +46,8 @@ logged() {
 packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2-tcti-cmd0 libtss2-tcti-swtpm0 openssl"
 # tpm2-pytss is compiled here. swtpm and its tools: the benchmarks compare with them, and it is the host's TPM. softhsm2: a PKCS#11 token.
 # postgresql: the tests start servers of their own from its programs; the one that Debian sets up is not used.
-test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2 postgresql"
+# spin: the checker of models/.
+test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2 postgresql spin"
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;

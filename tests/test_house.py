@@ -62,7 +62,7 @@ def tracked_files() -> list[Path]:
         listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
         paths = [ROOT / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):
-        ours = ("src", "tests", "fuzz", "benchmarks", "docs", "requirements", "scripts", ".ci")
+        ours = ("src", "tests", "fuzz", "models", "benchmarks", "docs", "requirements", "scripts", ".ci")
         paths = [path for folder in ours for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
         paths = [path for path in paths if path.suffix not in {".so", ".o", ".c", ".pyc"}]
     return [path for path in paths if path.is_file()]

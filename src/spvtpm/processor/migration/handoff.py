@@ -66,9 +66,9 @@ class Act(Enum):
     """What a side does."""
 
     STOP_VTPM = auto()  # it answers what is under way, then nothing more; its state is taken out
-    RUN_VTPM = auto()  # the guest can use it here
+    RUN_VTPM = auto()  # the guest can use it here; after a crash there is no process that could, and this does nothing
     LOAD_VTPM = auto()  # a process has its whole state, and nobody can reach it
-    DROP_VTPM = auto()  # that process and that state go
+    DROP_VTPM = auto()  # that process and that state go, if they are there
     SEND_STATE = auto()  # to the other side, which has shown who it is
     SEND_PREPARED = auto()
     TELL_COMMIT = auto()  # to the other side if it is there, and to whoever asks
@@ -128,9 +128,9 @@ DESTINATION: Final[tuple[Rule, ...]] = (
         is_durable=True,
         then=(Act.SEND_PREPARED,),
     ),
-    Rule(State.EXPECTING, Event.CANCEL, State.EMPTY),
-    Rule(State.EXPECTING, Event.ABORT, State.EMPTY),
-    Rule(State.EXPECTING, Event.LINK_LOST, State.EMPTY),
+    Rule(State.EXPECTING, Event.CANCEL, State.EMPTY, then=(Act.DROP_VTPM,)),
+    Rule(State.EXPECTING, Event.ABORT, State.EMPTY, then=(Act.DROP_VTPM,)),
+    Rule(State.EXPECTING, Event.LINK_LOST, State.EMPTY, then=(Act.DROP_VTPM,)),
     Rule(State.EXPECTING, Event.CRASH, State.EMPTY),
     Rule(State.PREPARED, Event.COMMIT, State.LIVE, is_durable=True, then=(Act.RUN_VTPM, Act.TELL_RECEIPT)),
     Rule(State.PREPARED, Event.ABORT, State.EMPTY, is_durable=True, then=(Act.DROP_VTPM,)),
@@ -144,7 +144,8 @@ DESTINATION: Final[tuple[Rule, ...]] = (
     Rule(State.EMPTY, Event.LINK_LOST, State.EMPTY),
     Rule(State.EMPTY, Event.CRASH, State.EMPTY),
 )
-"""Of the side that gets it. After a crash in `LIVE` the vTPM is here, and its VM is off."""
+"""Of the side that gets it. After a crash in `LIVE`, or in `PREPARED` and then `commit`, the vTPM is here, and its VM is off.
+`EXPECTING` may have loaded a vTPM that could not be made durable."""
 
 
 def rule_for(rules: Sequence[Rule], state: State, event: Event) -> Rule:
