@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.processor.fuses.file import FileCounter, counter_at
 from spvtpm.wire import messages
 from spvtpm.wire.owner_messages import DestroyVm, Done
 from tests.guests_view import find_traces, leave_traces, stopped_with_traces
@@ -133,7 +134,7 @@ def test_a_hibernated_state_is_good_for_one_resumption_whatever_copy_is_put_back
 def test_a_counter_that_was_set_back_is_refused(stopped: tuple[RunningSp, uuid.UUID], ahead: int) -> None:
     sp, _vm_id = stopped
     counter = sp.state / "fuses" / "counter"
-    counter.write_bytes(str(max(0, int(counter.read_bytes()) - ahead)).encode())
+    counter.write_bytes(counter_at(max(0, FileCounter(counter).read() - ahead)))
     assert "counter was set back" in refusal(sp.state)
 
 
@@ -141,7 +142,7 @@ def test_a_counter_that_was_set_back_is_refused(stopped: tuple[RunningSp, uuid.U
 def test_a_crash_between_store_and_counter_is_made_good(stopped: tuple[RunningSp, uuid.UUID]) -> None:
     sp, vm_id = stopped
     counter = sp.state / "fuses" / "counter"
-    counter.write_bytes(str(int(counter.read_bytes()) - 1).encode())
+    counter.write_bytes(counter_at(FileCounter(counter).read() - 1))
     sp.start()
     sp.info(messages.StartVm(vm_id=vm_id))
     assert find_traces(sp, vm_id, start=True).nv == b"traces 1"

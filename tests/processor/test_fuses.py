@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spvtpm.processor.fuses import Fuses
-from spvtpm.processor.fuses.file import FileCounter
+from spvtpm.processor.fuses.file import FileCounter, counter_at
 from spvtpm.processor.fuses.keepers import HostTpm, Keeper, Pkcs11Token, burn_fuses, load_fuses
 from spvtpm.wire.errors import AlreadyInitialised, ChipFileError, FusesError
 from tests.harness import is_root
@@ -204,7 +204,7 @@ def test_the_counter_of_a_new_chip_is_0_and_only_grows_and_is_kept(directory: Pa
 def test_a_counter_goes_on_from_every_number(tmp_path_factory: pytest.TempPathFactory, number: int) -> None:
     path = tmp_path_factory.mktemp("fuses") / "counter"
     path.touch(mode=0o600)
-    path.write_text(str(number))
+    path.write_bytes(counter_at(number))
     assert FileCounter(path).increment() == number + 1
     assert FileCounter(path).read() == number + 1
 
@@ -226,12 +226,30 @@ def test_a_counter_that_cannot_be_written_says_so_and_stays(directory: Path, bur
 @pytest.mark.attack("A15")
 def test_a_flipped_bit_of_the_counter_gives_a_number_or_an_error(directory: Path, burnt: Fuses) -> None:
     path = directory / "counter"
-    for bit in range(8):
-        path.write_bytes(bytes([ord("7") ^ 1 << bit]))
-        try:
-            assert 0 <= load_fuses(directory).counter.read() <= 9
-        except FusesError as error:
-            assert str(path) in str(error)
+    burnt.counter.increment()
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 7):
+        altered = bytearray(content)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        assert load_fuses(directory).counter.read() in (0, 1)  # the slot that is whole
+    for cut in (0, 511, 1023):
+        path.write_bytes(content[:cut])
+        with pytest.raises(FusesError, match=str(path)):
+            load_fuses(directory).counter.read()
+
+
+@pytest.mark.attack("A16")
+def test_a_step_that_the_power_cut_short_was_taken_or_not(directory: Path, burnt: Fuses) -> None:
+    path = directory / "counter"
+    for number in range(5):
+        before = path.read_bytes()
+        burnt.counter.increment()
+        after = path.read_bytes()
+        for written in range(0, len(after), 8):
+            path.write_bytes(after[:written] + before[written:])
+            assert load_fuses(directory).counter.read() in (number, number + 1)
+        path.write_bytes(after)
 
 
 # Secrets

@@ -15,7 +15,7 @@ import pytest
 from spvtpm.processor.admission import Admission
 from spvtpm.processor.allowed import Here
 from spvtpm.processor.channel_order import ChannelOrder
-from spvtpm.processor.fuses.file import FileCounter
+from spvtpm.processor.fuses.file import FileCounter, counter_at
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.instances import Import
 from spvtpm.processor.launch_secrets import LaunchSecrets
@@ -45,7 +45,7 @@ class Scene:
 
     def __init__(self, directory: Path) -> None:
         NvStore.create(directory / "nv.db", bytes(32))
-        (directory / "counter").write_bytes(b"0")
+        (directory / "counter").write_bytes(counter_at(0))
         (directory / "counter").chmod(0o600)
         self.store = NvStore(directory / "nv.db", bytes(32))
         self.may_commit, self.committing = asyncio.Event(), asyncio.Event()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spvtpm.processor.fuses.file import FileCounter
+from spvtpm.processor.fuses.file import FileCounter, counter_at
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.rollback_guard import RollbackGuard, check_epoch
@@ -39,7 +39,7 @@ class Scene:
     def __init__(self, directory: Path) -> None:
         NvStore.create(directory / "nv.db", bytes(32))
         self.store = NvStore(directory / "nv.db", bytes(32))
-        (directory / "counter").write_bytes(b"0")
+        (directory / "counter").write_bytes(counter_at(0))
         (directory / "counter").chmod(0o600)
         self.counter = SlowCounter(directory / "counter")
         self.commit = GroupCommit(self.store).commit

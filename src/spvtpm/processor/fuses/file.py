@@ -6,19 +6,29 @@ development and for tests.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import struct
 from pathlib import Path
 
-from spvtpm.files import create_file, read_file, replace_file
+from spvtpm.files import create_file, read_file
 from spvtpm.processor.fuses import Fuses
 from spvtpm.wire.chip_file import MAX_CHIP_FILE_BYTES, Chip, encode_chip_file, parse_chip_file
 from spvtpm.wire.errors import ChipFileError, FusesError, StorageError
 
-_MAX_COUNTER_BYTES = 19
-"""Room for a step every second for longer than anything lasts."""
+_SLOT_BYTES = 512
+"""What a disk writes whole, or not at all."""
+
+_SLOT = struct.Struct("<8sQ")
+_MAGIC = b"SPVTPMCN"
+_DIGEST_BYTES = 32
 
 
 class FileCounter:
-    """The counter, a decimal number in a file.
+    """The counter: two slots in a file, each with a number and its digest; the greater one counts.
+
+    A step overwrites the slot that does not count, in place: nothing of the file but its content changes, so making it durable
+    takes a disk a tenth of the time that a new file would. A milestone of the NV store waits for it.
 
     Args:
         path: of the file.
@@ -30,23 +40,49 @@ class FileCounter:
         self._path = path
 
     def read(self) -> int:
+        return max(self._slots())
+
+    def _slots(self) -> list[int]:
+        """The numbers in both; -1 in one that was being written when the power went."""
         try:
-            content = read_file(self._path, _MAX_COUNTER_BYTES)
+            content = read_file(self._path, 2 * _SLOT_BYTES)
         except StorageError as error:
             raise FusesError(str(error)) from None
-        if not content.isdigit():
+        slots = [_number_in(content[at : at + _SLOT_BYTES]) for at in (0, _SLOT_BYTES)]
+        if len(content) != 2 * _SLOT_BYTES or max(slots) < 0:
             raise FusesError(f"{self._path} holds no number")
-        return int(content)
+        return slots
 
     def increment(self) -> int:
-        number = self.read() + 1
-        if len(str(number)) > _MAX_COUNTER_BYTES:
-            raise FusesError(f"{self._path} is at its end")
+        slots = self._slots()
+        number = max(slots) + 1
         try:
-            replace_file(self._path, str(number).encode())
-        except StorageError as error:
-            raise FusesError(str(error)) from None
+            with self._path.open("r+b", buffering=0) as file:
+                os.pwrite(file.fileno(), _slot_of(number), slots.index(min(slots)) * _SLOT_BYTES)
+                os.fdatasync(file.fileno())
+        except OSError as error:
+            raise FusesError(f"cannot write {self._path}: {error.strerror}") from None
         return number
+
+
+def _slot_of(number: int) -> bytes:
+    try:
+        head = _SLOT.pack(_MAGIC, number)
+    except struct.error:
+        raise FusesError("the counter is at its end") from None
+    return (head + hashlib.sha256(head).digest()).ljust(_SLOT_BYTES, b"\0")
+
+
+def _number_in(slot: bytes) -> int:
+    head, digest = slot[: _SLOT.size], slot[_SLOT.size : _SLOT.size + _DIGEST_BYTES]
+    if not head.startswith(_MAGIC) or hashlib.sha256(head).digest() != digest:
+        return -1
+    return int(_SLOT.unpack(head)[1])
+
+
+def counter_at(number: int) -> bytes:
+    """A counter's file that stands at this number."""
+    return _slot_of(number) + bytes(_SLOT_BYTES)
 
 
 def begin_counter(directory: Path) -> None:
@@ -56,7 +92,7 @@ def begin_counter(directory: Path) -> None:
         StorageError: it cannot be written.
     """
     if not (directory / "counter").exists():
-        create_file(directory / "counter", b"0")
+        create_file(directory / "counter", counter_at(0))
 
 
 def keep_in_file(directory: Path, chip: Chip) -> None:
