@@ -11,6 +11,8 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import Final
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -60,10 +62,14 @@ class PlatformRelay:
         return time.monotonic() + self._timeout_s
 
     def send(self, frames: Iterable[bytes]) -> None:
-        self._loop.run(self._send(list(frames)))
+        with suppress(CancelledError):  # this side has closed it: as at a socket
+            self._loop.run(self._send(list(frames)))
 
     def receive(self, deadline: float) -> bytes:
-        frame = self._loop.run(self._receive(deadline))
+        try:
+            frame = self._loop.run(self._receive(deadline))
+        except CancelledError:
+            raise ChannelError("the connection was closed here") from None
         if not isinstance(frame, bytes) or not frame:
             raise FrameError("what the platform hands on is no frame of a channel")
         return frame
