@@ -29,10 +29,12 @@ _REQUESTS: Sequence[console.ConsoleRequest] = (
     console.Run(arguments=("tpm2_pcrread", "sha256:0")),
     console.Input(data=b"piece"),
     console.EndOfInput(),
+    console.Taken(pieces=console.WINDOW_PIECES),
 )
 _REPLIES: Sequence[console.ConsoleReply] = (
     console.Output(stream="stdout", data=b"piece"),
     console.Output(stream="stderr", data=b"piece"),
+    console.Taken(pieces=1),
     console.Ended(code=137),
     ErrorReply("bad-message", "not understood"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,10 +41,11 @@ class Relay:
         path: of its socket.
         target: the secure processor's channel socket; None: it leads nowhere, and `hook` answers alone.
         hook: may be changed at any time.
+        take_s: a side that takes nothing for so long is cut off; None: never.
     """
 
-    def __init__(self, path: Path, target: Path | None, hook: Hook = honest) -> None:
-        self.path, self.target, self.hook = path, target, hook
+    def __init__(self, path: Path, target: Path | None, hook: Hook = honest, take_s: float | None = None) -> None:
+        self.path, self.target, self.hook, self.take_s = path, target, hook, take_s
         self.seen: list[tuple[Side, bytes]] = []
         self._threads: list[threading.Thread] = []
         self._open: list[socket.socket] = []
@@ -58,6 +60,11 @@ class Relay:
     def frames(self, side: Side) -> list[bytes]:
         """What this side has sent."""
         return [frame for sender, frame in self.seen if sender == side]
+
+    def await_frames(self, side: Side, number: int) -> None:
+        """Until this side has sent so many."""
+        with self._news:
+            assert self._news.wait_for(lambda: len(self.frames(side)) >= number, 30), len(self.frames(side))
 
     def inject(self, frame: bytes) -> bytes:
         """Hands a frame on to the secure processor in the last connection to it; gives the frame that it answers with."""
@@ -96,14 +103,21 @@ class Relay:
             while True:
                 owner, _ = self._listener.accept()
                 self._open.append(owner)
+                self._limit(owner)
                 sp = None
                 if self.target is not None:
                     sp = socket.socket(socket.AF_UNIX)
                     sp.connect(str(self.target))
                     self._open.append(sp)
+                    self._limit(sp)
                     self._to_sp.append(sp)
                     self._start(self._carry, "sp", sp, owner)
                 self._start(self._carry, "owner", owner, sp or owner)
+
+    def _limit(self, connection: socket.socket) -> None:
+        if self.take_s is not None:  # of sending alone, so not `settimeout`
+            limit = struct.pack("@ll", int(self.take_s), int(self.take_s % 1 * 1_000_000))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def _carry(self, side: Side, source: socket.socket, destination: socket.socket) -> None:
         decoder, number = FrameDecoder(MAX_CHANNEL_FRAME_BYTES), 0

@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -164,6 +164,25 @@ def test_an_end_at_the_host_is_passed_on(served: ServedPlatform, agent: RelayAge
     agent.serve = lambda connection: connection.close(1012)
     with served.websocket(CHANNEL, alice) as websocket:
         assert code_at_end(websocket) == 1012
+
+
+def test_what_the_host_says_last_is_heard_though_the_user_still_speaks(
+    served: ServedPlatform, agent: RelayAgent, alice: str
+) -> None:
+    def talk(connection: ServerConnection) -> None:
+        for _ in range(8):
+            connection.send(bytes(MAX_CHANNEL_FRAME_BYTES))
+        connection.send(b"last")
+
+    agent.serve = talk
+    for _ in range(40):  # it depends on who is quicker
+        with served.websocket(CHANNEL, alice) as websocket:
+            heard = websocket.recv(timeout=30)
+            with suppress(ConnectionClosed):
+                for _ in range(8):
+                    websocket.send(b"frame")
+            while heard != b"last":
+                heard = websocket.recv(timeout=30)
 
 
 @pytest.mark.attack("A23")

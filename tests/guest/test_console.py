@@ -23,6 +23,7 @@ from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.console import (
     MAX_CONSOLE_MESSAGE_BYTES,
     PIECE_BYTES,
+    WINDOW_PIECES,
     ConsoleReply,
     ConsoleRequest,
     End,
@@ -31,6 +32,7 @@ from spvtpm.wire.console import (
     Input,
     Output,
     Run,
+    Taken,
     console_key,
     encode_console_message,
     parse_console_reply,
@@ -85,6 +87,7 @@ class OwnersEnd:
     """
 
     def __init__(self, machine: RunningMachine, key: ec.EllipticCurvePrivateKey | None = None) -> None:
+        self.machine = machine
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(PATIENCE_S)
         self.socket.connect(str(machine.directory / "console.sock"))
@@ -146,6 +149,12 @@ class OwnersEnd:
             self._messages += self.channel.receive(self.frame())
         return parse_console_reply(self._messages.pop(0))
 
+    def hear_more(self) -> ConsoleReply:
+        """The next reply that is not about what the command has read."""
+        while isinstance(reply := self.hear(), Taken):
+            pass
+        return reply
+
     def close(self) -> None:
         """Hangs up."""
         self.socket.close()
@@ -191,7 +200,56 @@ def test_much_output_arrives_whole_at_an_owner_who_takes_his_time(machine: Runni
     size = 0
     while isinstance(reply := end.hear(), Output):
         size += len(reply.data)
+        end.say(Taken(pieces=1))
     assert (size, reply) == (5_000_000, Ended(code=0))
+
+
+def test_no_more_than_a_window_is_on_its_way_to_an_owner_who_takes_nothing(end: OwnersEnd) -> None:
+    end.open()
+    end.say(Run(arguments=("cat", "/dev/zero")))
+    assert {type(end.hear()) for _ in range(WINDOW_PIECES)} == {Output}
+    end.say(Taken(pieces=3))
+    assert {type(end.hear()) for _ in range(3)} == {Output}
+    end.say_bytes(b"\0")
+    assert isinstance(end.hear(), ErrorReply)  # nothing was between
+
+
+def test_a_command_that_reads_late_reads_all_of_a_window(end: OwnersEnd) -> None:
+    """Nobody between is kept waiting meanwhile: the VM takes it, and hears the owner."""
+    end.open()
+    end.say(Run(arguments=("sh", "-c", "mkfifo wait; echo ready; cat wait; rm wait; wc -c")))
+    assert end.hear() == Output(stream="stdout", data=b"ready\n")
+    end.say(*[Input(data=bytes(PIECE_BYTES))] * WINDOW_PIECES, EndOfInput())
+    with closing(OwnersEnd(end.machine)) as other:
+        other.open(Run(arguments=("sh", "-c", "echo now > wait")), EndOfInput())
+        assert other.hear() == Ended(code=0)
+    assert end.hear() == Output(stream="stdout", data=b"now\n")
+    taken = 0
+    while isinstance(reply := end.hear(), Taken):
+        taken += reply.pieces
+    assert reply == Output(stream="stdout", data=b"%d\n" % (WINDOW_PIECES * PIECE_BYTES))
+    assert WINDOW_PIECES * 3 // 4 <= taken <= WINDOW_PIECES
+    assert end.hear() == Ended(code=0)
+
+
+def test_what_waits_for_room_when_its_command_ends_is_sent_all_the_same(end: OwnersEnd) -> None:
+    end.open()
+    end.say(Run(arguments=("sh", "-c", "while printf x; do read -r line || exit 0; done")))
+    said = Output(stream="stdout", data=b"x")
+    for _ in range(WINDOW_PIECES):
+        assert end.hear_more() == said
+        end.say(Input(data=b"\n"))
+    end.say(EndOfInput())
+    end.say(Taken(pieces=WINDOW_PIECES))
+    assert (end.hear_more(), end.hear_more()) == (said, Ended(code=0))
+
+
+def test_much_on_either_stream_keeps_the_other_from_nothing(machine: RunningMachine) -> None:
+    size = 2 * WINDOW_PIECES * PIECE_BYTES
+    first = machine.run("sh", "-c", f"head -c {size} /dev/zero >&2; head -c {size} /dev/zero")
+    assert first == (0, bytes(size), bytes(size))
+    at_once = machine.run("sh", "-c", f"head -c {size} /dev/zero >&2 & head -c {size} /dev/zero; wait")
+    assert at_once == (0, bytes(size), bytes(size))
 
 
 @pytest.mark.parametrize(
@@ -250,11 +308,31 @@ def test_whoever_hangs_up_while_his_command_does_not_read_ends_it(machine: Runni
     end.say(Run(arguments=("sh", "-c", "echo $$; exec sleep 1000")))
     reply = end.hear()
     assert isinstance(reply, Output)
-    end.socket.settimeout(1)
-    with pytest.raises(TimeoutError):  # nobody takes more: it is not kept in the machine's memory
-        while True:
-            end.say(Input(data=bytes(PIECE_BYTES)))
+    end.say(*[Input(data=bytes(PIECE_BYTES))] * WINDOW_PIECES)
     end.close()
+    assert ended([int(reply.data)])
+
+
+def test_whoever_hangs_up_while_he_takes_nothing_ends_his_command(machine: RunningMachine, end: OwnersEnd) -> None:
+    end.open()
+    end.say(Run(arguments=("sh", "-c", "echo $$; exec cat /dev/zero")))
+    first, *_others = [end.hear() for _ in range(WINDOW_PIECES)]
+    assert isinstance(first, Output)
+    end.close()
+    assert ended([int(first.data.partition(b"\n")[0])])
+
+
+@pytest.mark.attack("A23")
+def test_an_owner_who_sends_more_than_a_window_is_refused_and_his_command_ended(end: OwnersEnd) -> None:
+    end.open()
+    end.say(Run(arguments=("sh", "-c", "echo $$; exec sleep 1000")))
+    reply = end.hear()
+    assert isinstance(reply, Output)
+    end.say(
+        *[Input(data=bytes(PIECE_BYTES))] * (WINDOW_PIECES + 1)
+    )  # what a pipe holds of it, is told as taken with more
+    refused = end.hear()
+    assert isinstance(refused, ErrorReply) and refused.code == "bad-message"
     assert ended([int(reply.data)])
 
 
@@ -281,16 +359,30 @@ def test_what_is_no_beginning_of_a_console_is_refused(end: OwnersEnd, message: b
 
 @pytest.mark.attack("A25")
 @pytest.mark.parametrize(
-    "message",
-    [encode_console_message(Run(arguments=("true",))), b"\0", encode_console_message(Input(data=b""))],
-    ids=["Run again", "noise", "an empty piece"],
+    "messages",
+    [
+        [encode_console_message(Run(arguments=("true",)))],
+        [b"\0"],
+        [encode_console_message(Input(data=b""))],
+        [encode_console_message(EndOfInput()), encode_console_message(Input(data=b"more"))],
+        [encode_console_message(EndOfInput())] * 2,
+        [encode_console_message(Taken(pieces=2))],
+        [encode_console_message(Taken(pieces=1))] * 2,
+        [encode_console_message(Taken(pieces=0))],
+        [encode_console_message(Taken(pieces=WINDOW_PIECES + 1))],
+    ],
+    ids=[
+        *("Run again", "noise", "an empty piece", "input after its end", "its end again"),
+        *("more taken than sent", "taken twice", "nothing taken", "more than a window taken"),
+    ],
 )
-def test_nonsense_after_the_beginning_ends_the_command(end: OwnersEnd, message: bytes) -> None:
+def test_nonsense_after_the_beginning_ends_the_command(end: OwnersEnd, messages: list[bytes]) -> None:
     end.open()
     end.say(Run(arguments=("sh", "-c", "echo $$; exec sleep 1000")))
     reply = end.hear()
     assert isinstance(reply, Output)
-    end.say_bytes(message)
+    for message in messages:
+        end.say_bytes(message)
     refused = end.hear()
     assert isinstance(refused, ErrorReply) and refused.code == "bad-message"
     assert ended([int(reply.data)])

@@ -175,6 +175,7 @@ class _Relay:
                 await self._websocket.close(end.code, end.why)
 
     async def _upwards(self) -> _End:
+        is_heard = True
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
@@ -182,11 +183,13 @@ class _Relay:
             frame = message.get("bytes")
             if frame is None:
                 return _End(_UNSUPPORTED, "text came, and frames are binary")
-            try:
-                await self._upstream.send(frame)
-            except ConnectionClosed as closed:
-                return _closed(closed)
-            self._count(self._up, frame)
+            if is_heard:
+                try:
+                    await self._upstream.send(frame)
+                except ConnectionClosed:
+                    is_heard = False  # what it has said before is perhaps not passed on yet: `_downwards` ends this
+                else:
+                    self._count(self._up, frame)
 
     async def _downwards(self) -> _End:
         while True:

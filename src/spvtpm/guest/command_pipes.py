@@ -8,7 +8,7 @@ import queue
 import select
 import struct
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import IO, Final
 
@@ -33,9 +33,16 @@ def pieces(pipe: IO[bytes], quiet: int) -> Iterator[bytes]:
         yield data
 
 
-def write_pieces(pipe: IO[bytes], waiting: queue.Queue[bytes]) -> None:
-    """Writes what is waiting, until an empty piece, or until nobody reads any more."""
+def write_pieces(pipe: IO[bytes], waiting: queue.SimpleQueue[bytes], taken: Callable[[], None]) -> None:
+    """Writes what is waiting, and tells of each piece that is written; until an empty one, or until nobody reads any more.
+
+    Args:
+        pipe: is closed in the end.
+        waiting: the pieces.
+        taken: hears of each.
+    """
     with suppress(OSError), closing(pipe):
         while piece := memoryview(waiting.get()):
             while piece:
                 piece = piece[os.write(pipe.fileno(), piece) :]
+            taken()

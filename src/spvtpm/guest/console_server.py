@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import select
 import socket
 import subprocess
 import threading
@@ -28,11 +27,13 @@ from spvtpm.wire.console import (
     Input,
     Output,
     Run,
+    Taken,
     build_console_certificate,
     console_key,
     encode_console_message,
     parse_console_request,
 )
+from spvtpm.wire.console_window import Intake, Room
 from spvtpm.wire.errors import CertificateRefused, ChannelError, MessageError, SpvtpmError
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES, Introduce, encode_clear, parse_clear
 from spvtpm.wire.messages import error_reply
@@ -41,10 +42,10 @@ from spvtpm.wire.owner_certificates import parse_owner_certificate
 log = logging.getLogger(__name__)
 
 _INTRODUCTION_S: Final = 20.0
-_INPUT_PIECES: Final = 8
-_LOOK_S: Final = 0.5
 _LAST_WORDS_S: Final = 5.0
 _UNHEARD_BYTES: Final = 1 << 16
+
+_Stream = Literal["stdout", "stderr"]
 
 
 class Console:
@@ -67,7 +68,7 @@ class Console:
         stream = FrameStream(connection, MAX_CHANNEL_FRAME_BYTES)
         try:
             channel, said = self._open(stream)
-            _Conversation(stream, channel, said).serve(self._commands, connection)
+            _Conversation(stream, channel, said).serve(self._commands)
         except SpvtpmError as error:
             log.info("a console ended: %s", error)
         finally:
@@ -126,56 +127,58 @@ def _next(stream: FrameStream, deadline: float) -> bytes:
 
 
 class _Conversation:
-    """One command over an open channel: this thread reads what the owner sends; others send what the command writes."""
+    """One command over an open channel: this thread reads what the owner sends, and waits for nothing else; others send."""
 
     def __init__(self, stream: FrameStream, channel: SecureChannel, said: list[bytes]) -> None:
         self._stream = stream
         self._channel = channel
-        self._lock = threading.Lock()  # of the channel, and the order of frames
+        self._turn = threading.Lock()  # held for one use of the channel
+        self._sending = threading.Lock()  # held until all frames of a message are gone; meanwhile the owner is heard
         self._requests = said
+        self._room = Room()  # for output of both streams: the owner takes it in the order in which it comes
+        self._intake = Intake()
         self._quiet = os.eventfd(0, os.EFD_CLOEXEC)  # nothing more is awaited of the command
         self._over = os.eventfd(0, os.EFD_CLOEXEC)  # all that it has written is sent
 
-    def serve(self, commands: Commands, connection: socket.socket) -> None:
+    def serve(self, commands: Commands) -> None:
         try:
             run = self._hear(time.monotonic() + _INTRODUCTION_S)
             if not isinstance(run, Run):
                 raise MessageError("a console begins with Run")
-            self._stream.be_patient()  # the owner may look at a page of output for hours
-            self._run(run, commands, connection)
+            self._say(Ended(code=self._run(run, commands)), is_last=True)
         except ChannelError:
             raise
         except SpvtpmError as error:
-            self._say(error_reply(error))
+            self._say(error_reply(error), is_last=True)
             raise
         finally:
             for descriptor in (self._quiet, self._over):
                 os.close(descriptor)
-            with suppress(SpvtpmError), self._lock:
-                self._channel.close()
-                self._stream.send(*self._channel.frames())
+            with suppress(SpvtpmError):
+                self._say(is_last=True)
 
-    def _run(self, run: Run, commands: Commands, connection: socket.socket) -> None:
+    def _run(self, run: Run, commands: Commands) -> int:
+        """The exit code, once all that was written is sent."""
         try:
             command = commands.start(run.arguments, self._stream.has_gone)
         except OSError as error:
-            self._say(Output(stream="stderr", data=f"{run.arguments[0]}: {error.strerror}\n".encode()))
-            self._say(Ended(code=NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE))
-            return
+            self._pass_on(f"{run.arguments[0]}: {error.strerror}\n".encode(), "stderr")
+            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         waiter = threading.Thread(target=self._see_out, args=(command, commands), daemon=True, name="command")
         waiter.start()
         try:
-            self._feed(command, connection)
+            self._feed(command)
         finally:
+            self._room.close()
             commands.bury(command)
             waiter.join()
-        self._say(Ended(code=command.returncode if command.returncode >= 0 else 128 - command.returncode))
+        return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
     def _see_out(self, command: subprocess.Popen[bytes], commands: Commands) -> None:
         """Passes on what the command writes; returns when it is over."""
         assert command.stdout is not None and command.stderr is not None  # noqa: S101  # pipes
         readers = [
-            threading.Thread(target=self._pass_on, args=(pipe, stream), daemon=True, name="output")
+            threading.Thread(target=self._read_out, args=(pipe, stream), daemon=True, name="output")
             for pipe, stream in ((command.stdout, "stdout"), (command.stderr, "stderr"))
         ]
         for reader in readers:
@@ -186,61 +189,67 @@ class _Conversation:
             reader.join(max(0.0, deadline - time.monotonic()))
         commands.bury(command)
         os.eventfd_write(self._quiet, 1)  # what has left its process group may hold the pipe open as long as it likes
-        for reader in readers:
+        for reader in readers:  # the owner may look at a page of output meanwhile
             reader.join()
         os.eventfd_write(self._over, 1)
 
-    def _pass_on(self, pipe: IO[bytes], stream: Literal["stdout", "stderr"]) -> None:
+    def _read_out(self, pipe: IO[bytes], stream: _Stream) -> None:
         with pipe, suppress(SpvtpmError):  # nobody hears; `_feed` sees that, too
             for data in pieces(pipe, self._quiet):
-                self._say(Output(stream=stream, data=data))
+                if not self._pass_on(data, stream):
+                    return
 
-    def _feed(self, command: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    def _pass_on(self, data: bytes, stream: _Stream) -> bool:
+        """Sends a piece once there is room; False: the owner has gone."""
+        may_go = self._room.await_piece()
+        if may_go:
+            self._say(Output(stream=stream, data=data))
+        return may_go
+
+    def _feed(self, command: subprocess.Popen[bytes]) -> None:
         """Passes on what the command reads, until it is over."""
         assert command.stdin is not None  # noqa: S101  # a pipe
-        waiting: queue.Queue[bytes] = queue.Queue(_INPUT_PIECES)
-        threading.Thread(target=write_pieces, args=(command.stdin, waiting), daemon=True, name="input").start()
+        waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # a window at most
+        arguments = (command.stdin, waiting, self._tell_taken)
+        threading.Thread(target=write_pieces, args=arguments, daemon=True, name="input").start()
+        may_say = True
         try:
-            while True:
-                request = self._hear(None, self._over)
-                if request is None:
-                    return
-                if isinstance(request, Run):
-                    raise MessageError("a console runs one command")
-                piece = request.data if isinstance(request, Input) else b""
-                if not self._put(waiting, piece, connection):
-                    return
+            while (request := self._hear(None, self._over)) is not None:
+                if isinstance(request, Taken):
+                    self._room.give_back(request.pieces)
+                    continue
+                if isinstance(request, Run) or not may_say:
+                    raise MessageError(f"{type(request).__name__} where it means nothing")
+                if isinstance(request, Input):
+                    self._intake.come()
+                    waiting.put(request.data)
+                else:
+                    waiting.put(b"")
+                    may_say = False
         finally:
-            with suppress(queue.Full):
-                waiting.put_nowait(b"")
+            waiting.put(b"")
 
-    def _put(self, waiting: queue.Queue[bytes], piece: bytes, connection: socket.socket) -> bool:
-        """Waits for room; False: the command is over. Whoever has sent it may go meanwhile."""
-        poll = select.poll()
-        poll.register(connection, select.POLLRDHUP)
-        poll.register(self._over, select.POLLIN)
-        while True:
-            try:
-                waiting.put(piece, timeout=_LOOK_S)
-            except queue.Full:
-                ready = {descriptor for descriptor, _event in poll.poll(0)}
-                if self._over in ready:
-                    return False
-                if ready:
-                    raise ChannelError("the owner has gone") from None
-            else:
-                return True
+    def _tell_taken(self) -> None:
+        if told := self._intake.taken():
+            with suppress(SpvtpmError):  # nobody hears; `_feed` sees that, too
+                self._say(Taken(pieces=told))
 
     def _hear(self, deadline: float | None, or_readable: int | None = None) -> ConsoleRequest | None:
         while not self._requests:
             frame = self._stream.receive(deadline, or_readable)
             if frame is None:
                 return None
-            with self._lock:
+            with self._turn:
                 self._requests += self._channel.receive(frame)
         return parse_console_request(self._requests.pop(0))
 
-    def _say(self, reply: ConsoleReply) -> None:
-        with self._lock:
-            self._channel.send(encode_console_message(reply))
-            self._stream.send(*self._channel.frames())
+    def _say(self, *replies: ConsoleReply, is_last: bool = False) -> None:
+        """Sends; behind what is last, nothing more can be said."""
+        with self._sending:
+            with self._turn:
+                for reply in replies:
+                    self._channel.send(encode_console_message(reply))
+                if is_last:
+                    self._channel.close()
+                frames = self._channel.frames()
+            self._stream.send(*frames)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from contextlib import suppress
 
 from spvtpm.wire.errors import ChannelError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
@@ -26,10 +27,6 @@ class FrameStream:
         self._decoder = FrameDecoder(max_frame_bytes)
         self._waiting: list[bytes] = []
         connection.settimeout(_SEND_S)
-
-    def be_patient(self) -> None:
-        """From now on, the other side may take what is sent as late as it likes."""
-        self._connection.settimeout(None)
 
     def has_gone(self) -> bool:
         """Whether the other side has closed."""
@@ -69,11 +66,15 @@ class FrameStream:
         """Sends frames.
 
         Raises:
-            ChannelError: nobody takes them.
+            ChannelError: nobody takes them. Whoever receives hears of that, too.
         """
         try:
             for frame in frames:
                 self._connection.sendall(encode_frame(frame))
+        except TimeoutError:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)  # what comes behind a part of a frame means nothing
+            raise ChannelError("the other side takes nothing more") from None
         except OSError as error:
             raise ChannelError(f"the connection broke: {error.strerror or error}") from None
 

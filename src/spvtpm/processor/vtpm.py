@@ -45,10 +45,6 @@ _WAKE_PAUSE_S = 0.5
 """After a wake that failed for want of a worker, before the doorbell is looked at again."""
 
 
-def _nothing() -> None:
-    """There is nothing to do meanwhile."""
-
-
 class Vtpm:
     """One vTPM, bound to one VM. Public methods exclude each other and end in a stable residency.
 
@@ -153,8 +149,7 @@ class Vtpm:
         self._boot = boot
         try:
             worker = worker or await self._services.pool.take()
-            listen = self.interface.listen if fresh and offered else _nothing
-            await self._run_worker(worker, start, with_changes, listen)
+            await self._run_worker(worker, start, with_changes, self.interface.listen if fresh and offered else None)
         except SpvtpmError:
             if fresh:
                 self._release_interface()
@@ -259,7 +254,7 @@ class Vtpm:
             permanent = self._services.store.read(record_name(self.vtpm_id))
             parked = self._services.parking.take(self.vtpm_id)
             port = DirectPort(self.vm_id.bytes, self._boot.boot_id, self._boot.key, parked.snapshot)
-            await self._run_worker(worker, Start(port, permanent, parked.volatile), [], _nothing)
+            await self._run_worker(worker, Start(port, permanent, parked.volatile), [])
         except SpvtpmError as error:
             worker.kill()
             worker.close()
@@ -327,10 +322,10 @@ class Vtpm:
     # The worker
 
     async def _run_worker(
-        self, worker: Worker, start: Start, with_changes: Sequence[Change], meanwhile: Callable[[], None]
+        self, worker: Worker, start: Start, changes: Sequence[Change], meanwhile: Callable[[], None] | None = None
     ) -> None:
         assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
-        first_changes = list(with_changes)
+        first_changes = list(changes)
 
         async def commit(permanent: bytes) -> None:
             changes = [(record_name(self.vtpm_id), permanent), *first_changes]

@@ -60,13 +60,13 @@ class WorkerSession:
         self._over: WorkerError | None = None
         self._conversation = asyncio.create_task(self._converse())
 
-    async def start(self, start: Start, descriptors: Sequence[int], meanwhile: Callable[[], None]) -> Ready:
+    async def start(self, start: Start, descriptors: Sequence[int], meanwhile: Callable[[], None] | None) -> Ready:
         """Has the worker begin.
 
         Args:
             start: which TPM to be.
             descriptors: of its port.
-            meanwhile: done while the worker works.
+            meanwhile: done while the worker works; None: nothing.
 
         Raises:
             WorkerError: it died, or cannot; `end()` it.
@@ -74,7 +74,8 @@ class WorkerSession:
         """
         with self._expecting() as replied:
             await self._worker.start(start, descriptors)
-            meanwhile()
+            if meanwhile is not None:
+                meanwhile()
             reply = await self._reply(replied)
         if not isinstance(reply, Ready):
             raise misbehaviour(self._name, reply)

@@ -7,6 +7,7 @@ has not.
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 import uuid
@@ -27,15 +28,18 @@ from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.console import (
     MAX_CONSOLE_MESSAGE_BYTES,
     PIECE_BYTES,
+    ConsoleRequest,
     Ended,
     EndOfInput,
     Input,
     Output,
     Run,
+    Taken,
     console_key,
     encode_console_message,
     parse_console_reply,
 )
+from spvtpm.wire.console_window import Intake, Room
 from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import CertificateError, SpvtpmError, UntrustedIssuer, UsageError, error_from_code
 from spvtpm.wire.introductions import Introduce, encode_clear
@@ -78,13 +82,12 @@ def run_command(
         command = msgspec.convert({"type": "Run", "arguments": arguments}, Run)
     except msgspec.ValidationError:
         raise UsageError("a command has 1 to 256 words of at most 4,096 characters") from None
-    conversation = _open(way(timeout_s), vm_key, vm_id)
+    under_way = _UnderWay(_open(way(timeout_s), vm_key, vm_id))
     try:
-        conversation.send(encode_console_message(command))
-        _feed(conversation, read_from)
-        return _watch(conversation, write)
+        under_way.begin(command, read_from)
+        return under_way.watch(write)
     finally:
-        conversation.close()
+        under_way.close()
 
 
 def _open(relay: Relay, vm_key: bytes, vm_id: uuid.UUID) -> Conversation:
@@ -113,27 +116,76 @@ def _check_peer(der: bytes, key: EllipticCurvePrivateKey) -> None:
         raise UntrustedIssuer("what answers as the VM's console does not have the VM's key")
 
 
-def _feed(conversation: Conversation, read_from: int | None) -> None:
-    """Sends what there is to read, in a thread of its own; it ends with the input, the conversation, or the process."""
-    if read_from is None:
-        conversation.send(encode_console_message(EndOfInput()))
-        return
+class _UnderWay:
+    """A command that runs: one thread hears what the VM says, and waits for nothing else; one reads for the command; one writes.
 
-    def feed() -> None:
-        with suppress(SpvtpmError, OSError):  # whoever watches the conversation says why
+    Args:
+        conversation: open; ends with this.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._room = Room()
+        self._intake = Intake()
+        self._heard: queue.SimpleQueue[Output | Ended | ErrorReply | Exception] = (
+            queue.SimpleQueue()
+        )  # a window at most
+        self._listener = threading.Thread(target=self._listen, name="console-output", daemon=True)
+
+    def begin(self, command: Run, read_from: int | None) -> None:
+        self._listener.start()
+        self._say(command)
+        if read_from is None:
+            self._say(EndOfInput())
+        else:
+            threading.Thread(target=self._feed, args=(read_from,), name="console-input", daemon=True).start()
+
+    def watch(self, write: Write) -> int:
+        while True:
+            heard = self._heard.get()
+            if isinstance(heard, Exception):
+                raise heard
+            if isinstance(heard, ErrorReply):
+                raise error_from_code(heard.code, printable(heard.message))
+            if isinstance(heard, Ended):
+                return heard.code
+            write(heard.stream, heard.data)
+            if told := self._intake.taken():
+                self._say(Taken(pieces=told))
+
+    def close(self) -> None:
+        self._room.close()
+        self._conversation.close()
+        self._listener.join()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                reply = parse_console_reply(self._conversation.receive(time.monotonic() + _FOREVER_S))
+                if isinstance(reply, Taken):
+                    self._room.give_back(reply.pieces)
+                    continue
+                if isinstance(reply, Output):
+                    self._intake.come()
+                self._heard.put(reply)
+                if not isinstance(reply, Output):
+                    return
+        except Exception as error:  # whatever it is: somebody waits
+            self._heard.put(error)
+        finally:
+            self._room.close()
+
+    def _feed(self, read_from: int) -> None:
+        """Sends what there is to read; ends with the input, the command, or the process."""
+        with suppress(OSError):
             while data := os.read(read_from, PIECE_BYTES):
-                conversation.send(encode_console_message(Input(data=data)))
-            conversation.send(encode_console_message(EndOfInput()))
+                if not self._room.await_piece():
+                    return
+                self._say(Input(data=data))
+            self._say(EndOfInput())
 
-    threading.Thread(target=feed, name="console-input", daemon=True).start()
-
-
-def _watch(conversation: Conversation, write: Write) -> int:
-    while True:
-        reply = parse_console_reply(conversation.receive(time.monotonic() + _FOREVER_S))
-        if isinstance(reply, ErrorReply):
-            raise error_from_code(reply.code, printable(reply.message))
-        if isinstance(reply, Ended):
-            return reply.code
-        assert isinstance(reply, Output)  # noqa: S101  # there is no other reply
-        write(reply.stream, reply.data)
+    def _say(self, request: ConsoleRequest) -> None:
+        try:
+            self._conversation.send(encode_console_message(request))
+        except SpvtpmError as error:
+            self._heard.put(error)  # behind what was heard before: that counts

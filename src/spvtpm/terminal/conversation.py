@@ -1,6 +1,6 @@
 """Messages over a channel over a relay: what sessions with a secure processor and consoles of a VM have in common.
 
-One thread may send while another receives.
+One thread may receive while others send, or close.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ class Conversation:
             self._relay.send(self._channel.frames())
 
     def send(self, message: bytes) -> None:
-        """Sends a message."""
+        """Sends a message. If the other side has closed the channel, says nothing: as `Relay.send`."""
         with self._sending:
             with self._turn:
+                if not self._channel.is_open:
+                    return
                 self._channel.send(message)
                 frames = self._channel.frames()
             self._relay.send(frames)

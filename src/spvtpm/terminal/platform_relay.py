@@ -11,6 +11,8 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import Final
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -48,7 +50,6 @@ class PlatformRelay:
         self._timeout_s = timeout_s
         connection = platform.address.connect(timeout_s)  # our own: no proxy, no redirection
         self._loop = OwnLoop("platform-relay")
-        self._is_closed = False
         try:
             self._websocket = self._loop.run(self._opened(platform, path, connection))
         except BaseException:
@@ -61,22 +62,22 @@ class PlatformRelay:
         return time.monotonic() + self._timeout_s
 
     def send(self, frames: Iterable[bytes]) -> None:
-        if not self._is_closed:
+        with suppress(CancelledError):  # this side has closed it: as at a socket
             self._loop.run(self._send(list(frames)))
 
     def receive(self, deadline: float) -> bytes:
-        if self._is_closed:
-            raise ChannelError("the connection is closed")
-        frame = self._loop.run(self._receive(deadline))
+        try:
+            frame = self._loop.run(self._receive(deadline))
+        except CancelledError:
+            raise ChannelError("the connection was closed here") from None
         if not isinstance(frame, bytes) or not frame:
             raise FrameError("what the platform hands on is no frame of a channel")
         return frame
 
     def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
+        with suppress(CancelledError):  # once more does nothing
             self._loop.run(self._websocket.close())
-            self._loop.close()
+        self._loop.close()
 
     async def _send(self, frames: list[bytes]) -> None:
         try:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Relay(Protocol):
-    """A connection to whoever carries frames to the other end of a channel."""
+    """A connection to whoever carries frames to the other end of a channel. One thread may receive while others send or close."""
 
     def deadline(self) -> float:
         """Until when a message that begins now has to be through; by `time.monotonic`."""
@@ -28,7 +28,7 @@ class Relay(Protocol):
         """
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection. Who waits for a frame is told that there is none."""
 
 
 OpenRelay = Callable[[float], Relay]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class SocketRelay:
         except OSError as error:
             self._socket.close()
             raise NotRunning(f"no secure processor answers at {path}: {error.strerror or error}") from None
+        self._source = self._socket.dup()  # a thread that sends and one that receives have time limits of their own
 
     def deadline(self) -> float:
         """As `Relay` has it; so the others."""
@@ -65,8 +67,8 @@ class SocketRelay:
     def receive(self, deadline: float) -> bytes:
         while not self._waiting:
             try:
-                self._socket.settimeout(_left(deadline))
-                data = self._socket.recv(_READ_BYTES)
+                self._source.settimeout(_left(deadline))
+                data = self._source.recv(_READ_BYTES)
             except TimeoutError:
                 raise ChannelError("the other side did not answer in time") from None
             except OSError as error:
@@ -80,7 +82,10 @@ class SocketRelay:
         return self._waiting.pop(0)
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self._source.close()
 
 
 def through_socket(path: Path) -> OpenRelay:

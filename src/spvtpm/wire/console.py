@@ -11,8 +11,10 @@ processor; so the keys of both ends are derived from it, and each end takes exac
 
 One command a channel:
 
-    owner -> VM    Run, then Input … EndOfInput
-    VM -> owner    Output …, then Ended or ErrorReply
+    owner -> VM    Run, then Input … EndOfInput, and Taken …
+    VM -> owner    Output … and Taken …, then Ended or ErrorReply
+
+How much may be on its way: `console_window.py`.
 
 Source: HKDF: RFC 5869; why 64 bits more than the order n has: FIPS 186-5, appendix A.2.1. Format: docs/formats/console.md.
 """
@@ -40,6 +42,11 @@ VERSION: Final = 1
 
 PIECE_BYTES: Final = 1 << 15
 """What a command reads and writes travels in pieces of at most this size."""
+
+WINDOW_PIECES: Final = 64
+"""So many pieces may be on their way, each way, that the other side has not said to be `Taken`: 2 MiB. An end keeps no more of
+what is not taken; and a way of 100 ms there and back carries 20 MB/s. OpenSSH has as much for a session.
+"""
 
 MAX_CONSOLE_MESSAGE_BYTES: Final = 1 << 17
 
@@ -91,6 +98,16 @@ class Output(_Message, frozen=True):
     data: _Piece
 
 
+class Taken(_Message, frozen=True):
+    """Pieces have been given on, in the order in which they came: to the command, or to whoever reads what it writes.
+
+    Attributes:
+        pieces: how many since the last `Taken`.
+    """
+
+    pieces: Annotated[int, Meta(ge=1, le=WINDOW_PIECES)]
+
+
 class Ended(_Message, frozen=True):
     """The command has ended.
 
@@ -101,8 +118,8 @@ class Ended(_Message, frozen=True):
     code: Annotated[int, Meta(ge=0, le=255)]
 
 
-ConsoleRequest = Run | Input | EndOfInput
-ConsoleReply = Output | Ended | ErrorReply
+ConsoleRequest = Run | Input | EndOfInput | Taken
+ConsoleReply = Output | Taken | Ended | ErrorReply
 
 _requests: VersionedDecoder[ConsoleRequest] = VersionedDecoder(VERSION, ConsoleRequest, " of the console")
 _replies: VersionedDecoder[ConsoleReply] = VersionedDecoder(VERSION, ConsoleReply, " of the console")

@@ -204,7 +204,9 @@ class TwoChips:
         """A handoff whose link is being made."""
         source = source or self.a
         destination = self.b if source is self.a else self.a
-        return Handoff(source, destination, vm_id, hook, self.revoked if revoked is None else revoked)
+        handoff = Handoff(source, destination, vm_id, hook, self.revoked if revoked is None else revoked)
+        self._cleanup.callback(handoff.close)
+        return handoff
 
 
 def list_of(vendor: Papers, revoked: tuple[int, ...] = (), number: int = 1) -> RevocationList:
@@ -290,7 +292,7 @@ class Handoff:
         self.receive(self.finish())
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Ends the connections; once more does nothing."""
         self.carrier.close()
         for connection in (self._in, self._out):
             with suppress(OSError):

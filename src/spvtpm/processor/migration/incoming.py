@@ -280,7 +280,7 @@ class Incoming:
         try:
             async with estate.table.room_for(block):
                 await estate.guard.milestone(changes)
-        except BaseException:
+        except SpvtpmError:
             await estate.vtpms.forget(vtpm_id)
             raise
 
@@ -304,7 +304,7 @@ class Incoming:
         self._realm.estate.secrets.offer(block, self._realm.users.of(block))
 
     async def _drop_vtpm(self) -> None:
-        """It went with what was durable of it."""
+        """It went with what was durable of it, or when that failed."""
 
     async def _send_prepared(self) -> None:
         assert self._link is not None  # noqa: S101  # the state came by it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from spvtpm.processor.channel_identity import ChannelKeys
@@ -120,7 +121,8 @@ async def meet(
         try:
             return await _meet(relay, handoff, keys, peers, verify, is_source)
         except SpvtpmError as error:
-            await relay.send(encode_migration(error_reply(error)))
+            with suppress(OSError):  # it may have gone for the same reason
+                await relay.send(encode_migration(error_reply(error)))
             raise
 
 

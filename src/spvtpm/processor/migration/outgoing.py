@@ -222,7 +222,8 @@ class Outgoing:
         async with self._lock:
             with suppress(SpvtpmError):
                 await self._side.advance(Event.LINK_LOST)
-        self._over(self)
+        if self.state is not State.STOPPED:
+            self._over(self)
 
     # Memory
 

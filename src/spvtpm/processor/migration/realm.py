@@ -82,19 +82,29 @@ class Side:
         self._rules = rules
         self._acts = acts
         self._store = store
+        self._in_doubt: Event | None = None  # its store has failed, or was not waited for: it may be durable
 
     async def advance(self, event: Event) -> None:
         """Follows the rule for an event.
 
+        A new state that may be durable or not can only be tried again: whoever went another way meanwhile might find after a
+        crash that he has gone both.
+
         Raises:
-            WrongState: there is none in this state.
+            WrongState: there is none in this state, or another event is in doubt.
             SpvtpmError: of what comes before the new state; the side is as it was. Or of what comes then.
         """
         rule = rule_for(self._rules, self.state, event)
+        if self._in_doubt not in (None, event):
+            raise WrongState(
+                f"migration: {self._in_doubt.name.lower()} may have become durable, and has to be tried again"
+            )
         for act in rule.before:
             await self._acts[act]()
         if rule.is_durable:
+            self._in_doubt = event
             await self._store(rule.to)
+            self._in_doubt = None
         self.state = rule.to
         for act in rule.then:
             await self._acts[act]()
