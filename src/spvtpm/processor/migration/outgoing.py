@@ -58,8 +58,9 @@ class Outgoing:
         self._linked = asyncio.Event()  # or it has turned out that there is no link
         self._refused: SpvtpmError | None = None
         self._ledger = PageLedger()
-        self._has_memory = asyncio.Event()
-        self._prepared: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._has_memory: asyncio.Future[None] = loop.create_future()
+        self._prepared: asyncio.Future[bytes] = loop.create_future()
         self._volatile = b""
         self._over = over
         self.stop_nonce = b""
@@ -136,12 +137,10 @@ class Outgoing:
         if self.state is State.STOPPED:
             try:
                 async with asyncio.timeout(_PATIENCE_S):
-                    await self._has_memory.wait()
+                    await asyncio.shield(self._has_memory)
                     await asyncio.shield(self._prepared)
             except TimeoutError:
-                what = (
-                    "the other secure processor is not prepared" if self._has_memory.is_set() else "memory is missing"
-                )
+                what = "the other secure processor is not prepared" if self._has_memory.done() else "memory is missing"
                 raise ResourceError(f"migration: {what} after {_PATIENCE_S:g} s") from None
         async with self._lock:
             if self.state is not State.GONE:
@@ -216,9 +215,11 @@ class Outgoing:
             )
 
     async def _lose_link(self) -> None:
-        if not self._prepared.done():
-            self._prepared.set_exception(ChannelError("the link to the other secure processor has ended"))
-            self._prepared.exception()  # seen, whether somebody waits for it or not
+        waiting: tuple[asyncio.Future[None] | asyncio.Future[bytes], ...] = (self._has_memory, self._prepared)
+        for future in waiting:
+            if not future.done():
+                future.set_exception(ChannelError("the link to the other secure processor has ended"))
+                future.exception()  # seen, whether somebody waits for it or not
         async with self._lock:
             with suppress(SpvtpmError):
                 await self._side.advance(Event.LINK_LOST)
@@ -235,7 +236,7 @@ class Outgoing:
             OSError: the driver, or the other side, is not there any more.
         """
         link = await self._await_link()
-        while not self._has_memory.is_set():
+        while not self._has_memory.done():
             record = parse_record(await driver.receive())
             if record.kind is Kind.PAGE:
                 self._ledger.take(record)
@@ -243,7 +244,8 @@ class Outgoing:
             else:
                 verify_final(self._block.ownership.vm_key, self.handoff, self.stop_nonce, self._ledger, record.data)
                 await link.send_record(record.data)
-                self._has_memory.set()
+                if not self._has_memory.done():
+                    self._has_memory.set_result(None)
 
     # What the rules have it do
 
