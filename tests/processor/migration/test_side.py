@@ -44,9 +44,9 @@ async def _tries_to_keep_it(source: Source) -> None:
     for event in (Event.CANCEL, Event.LINK_LOST):
         with pytest.raises(WrongState):
             await source.side.advance(event)
-    assert not source.done and source.side.state is State.STOPPED
+    assert (source.done, source.side.state) == ([], State.STOPPED)
     await source.side.advance(Event.PREPARED)
-    assert source.side.state is State.GONE and Act.TELL_COMMIT in source.done
+    assert (source.done[-1], source.side.state) == (Act.TELL_COMMIT, State.GONE)
 
 
 def test_what_was_not_waited_for_may_be_durable_so_the_vtpm_is_not_run_again() -> None:
