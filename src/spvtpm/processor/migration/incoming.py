@@ -15,6 +15,7 @@ from spvtpm.processor.migration.realm import Realm, Side
 from spvtpm.processor.migration.tokens import check_token, derive_token, sha256_of
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.relay_socket import RelaySocket
+from spvtpm.processor.residency import Residency
 from spvtpm.processor.security_block import Arrival, VmSecurityBlock, new_moves_key
 from spvtpm.processor.vm_table import block_change, block_removal
 from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
@@ -259,7 +260,7 @@ class Incoming:
         if state is State.EMPTY:
             await self._discard(block, block.vtpm_id)
             return
-        live = self._going_live(block)
+        live = await self._going_live(block)
         changes: list[Change] = [block_change(live)]
         if self._live is not None:
             changes.append((hibernated_name(block.vtpm_id), None))
@@ -284,9 +285,12 @@ class Incoming:
             await estate.vtpms.forget(vtpm_id)
             raise
 
-    def _going_live(self, block: VmSecurityBlock) -> VmSecurityBlock:
-        """The block in the boot that its loaded vTPM serves; without one, hibernated."""
-        if self._live is None:
+    async def _going_live(self, block: VmSecurityBlock) -> VmSecurityBlock:
+        """The block in the boot that its loaded vTPM serves; without one, or if that has died, hibernated."""
+        vtpm = self._realm.vtpm_of(block)
+        if self._live is None or vtpm.residency not in (Residency.ACTIVE, Residency.PARKED):
+            self._live = None
+            await vtpm.abandon()
             return block.go_live(None, running=False)
         return self._live.with_ownership(block.ownership)  # its owner may have changed his secret meanwhile
 
@@ -300,7 +304,12 @@ class Incoming:
         block = self._realm.estate.table.get(self._side.vm_id)
         if self._live is None:
             return  # its hypervisor starts it
-        await self._realm.vtpm_of(block).offer()
+        try:
+            await self._realm.vtpm_of(block).offer()
+        except SpvtpmError as error:  # it is this chip's all the same; it died just now, and its VM has to boot
+            log.error("VM %s has come, and cannot go on: %s", block.vm_id, error)
+            self._realm.estate.table.fail(block.vm_id, str(error))
+            return
         self._realm.estate.secrets.offer(block, self._realm.users.of(block))
 
     async def _drop_vtpm(self) -> None:

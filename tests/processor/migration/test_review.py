@@ -1,0 +1,88 @@
+"""What a hypervisor, a carrier or an owner could do to a handoff between its steps, and what comes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from spvtpm.wire import messages
+from tests.harness import RunningSp
+from tests.processor.migration.pasts import furnished, is_nowhere, runs
+from tests.processor.migration.two_chips import Handoff, Side, TwoChips
+
+pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
+
+
+@pytest.fixture(scope="module")
+def chips() -> Iterator[TwoChips]:
+    with TwoChips() as it:
+        yield it
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Asks again and again."""
+    while not happened():
+        pass
+
+
+def arrive(chips: TwoChips, vm_id: uuid.UUID, *, holding: threading.Event | None = None) -> Handoff:
+    """A handoff up to where its destination is prepared.
+
+    Args:
+        chips: from the first to the second.
+        vm_id: the VM.
+        holding: what the source says behind the vTPM waits for this.
+    """
+
+    def hook(side: Side, _number: int, frame: bytes) -> list[bytes]:
+        if holding is not None and side == "source" and chips.b.vms() and chips.b.vm(vm_id).state == "arriving":
+            holding.wait(30)
+        return [frame]
+
+    handoff = chips.begin(vm_id, hook)
+    handoff.send_memory(b"memory")
+    handoff.send_final(handoff.stop())
+    until(lambda: not is_nowhere(chips.b, vm_id))
+    return handoff
+
+
+def residency(sp: RunningSp, vm_id: uuid.UUID) -> str:
+    """Where its vTPM lives."""
+    vtpm = sp.vm(vm_id).vtpm
+    return "" if vtpm is None else vtpm.residency
+
+
+def mapped_by(pid: int) -> bytes:
+    """What a process has mapped; nothing if it is no more."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/maps").read_bytes()
+    return b""
+
+
+def test_a_vtpm_that_is_parked_before_the_commit_token_comes_runs_then(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = arrive(chips, vm_id)
+    chips.b.info(messages.ParkVtpm(vm_id=vm_id))
+    handoff.forget(handoff.receive(handoff.finish()))
+    runs(chips.b, vm_id, seen)
+    handoff.close()
+
+
+def test_a_vtpm_whose_process_dies_before_the_commit_token_comes_is_resumed(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = arrive(chips, vm_id)
+    for pid in chips.b.workers():
+        if b"spvtpm-crb" in mapped_by(pid):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: residency(chips.b, vm_id) == "failed")
+    handoff.forget(handoff.receive(handoff.finish()))
+    chips.b.info(messages.StartVm(vm_id=vm_id))
+    runs(chips.b, vm_id, seen)
+    handoff.close()
