@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.processor.migration.manager import MAX_HANDOFFS
 from spvtpm.wire import messages
+from spvtpm.wire.errors import NotFound
+from spvtpm.wire.migration import Link
+from spvtpm.wire.owner_messages import DestroyVm, Done
 from tests.harness import RunningSp
 from tests.processor.migration.pasts import furnished, is_nowhere, runs
-from tests.processor.migration.two_chips import Handoff, Side, TwoChips
+from tests.processor.migration.two_chips import Frames, Handoff, Side, TwoChips, ask, connect
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
 
@@ -86,3 +90,36 @@ def test_a_vtpm_whose_process_dies_before_the_commit_token_comes_is_resumed(chip
     chips.b.info(messages.StartVm(vm_id=vm_id))
     runs(chips.b, vm_id, seen)
     handoff.close()
+
+
+def test_a_second_link_does_not_part_the_destination_from_the_first(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = chips.begin(vm_id)
+    handoff.send_memory(b"memory")
+    until(lambda: bool(handoff.came))
+    with connect(chips.b, Link(handoff.id)) as second:
+        assert Frames(second).receive()  # a refusal
+        assert Frames(second).receive() is None
+    handoff.send_final(handoff.stop())
+    handoff.forget(handoff.receive(handoff.finish()))
+    runs(chips.b, vm_id, seen)
+    handoff.close()
+
+
+@pytest.mark.attack("A23")
+def test_an_owner_who_destroys_what_arrives_takes_no_place_from_others(chips: TwoChips) -> None:
+    vm_id, _seen = furnished(chips.a)
+    handoff = arrive(chips, vm_id)
+    with chips.b.channel(chips.a.owner) as channel:
+        channel.ask(DestroyVm(vm_id=vm_id), Done)
+    token = handoff.finish()
+    with pytest.raises(NotFound):
+        handoff.receive(token)
+    handoff.close()
+    begun = [
+        messages.ReceiveStart(vm_id=uuid.uuid4(), handoff=number.to_bytes(16, "big")) for number in range(MAX_HANDOFFS)
+    ]
+    for request in begun:
+        ask(chips.b, request, messages.Handoff)
+    for request in begun:
+        ask(chips.b, messages.ReceiveCancel(vm_id=request.vm_id, handoff=request.handoff), messages.Handoff)

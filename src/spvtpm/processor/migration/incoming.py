@@ -47,6 +47,7 @@ class Incoming:
         self._realm = realm
         self._vm_uid = vm_uid
         self._link: PeerLink | None = None
+        self._is_linking = False
         self._records: asyncio.Queue[bytes | None] = asyncio.Queue(_RECORDS_HELD)
         self._ledger = PageLedger()
         self._final = b""
@@ -81,8 +82,16 @@ class Incoming:
 
     @property
     def state(self) -> State:
-        """Where it is."""
+        """Where it is. What was durable is not any more if the VM's owner has destroyed it."""
+        if self._side.state in (State.PREPARED, State.LIVE):
+            durable = self._found(self.vm_id, self.handoff)
+            self._side.state = State.EMPTY if durable is State.EXPECTING else durable
         return self._side.state
+
+    @property
+    def is_linking(self) -> bool:
+        """Whether somebody is at the link, or about to make it."""
+        return self._is_linking
 
     @property
     def _lock(self) -> asyncio.Lock:
@@ -133,11 +142,16 @@ class Incoming:
             SpvtpmError: the other side is not who it has to be.
             TimeoutError, OSError: it is not there.
         """
-        if self._link is not None or self.state is not State.EXPECTING:
+        if self._is_linking or self._link is not None or self.state is not State.EXPECTING:
             raise WrongState("migration: this handoff has, or had, its link")
+        self._is_linking = True
+        try:
+            await self._serve_link(relay)
+        finally:
+            self._is_linking = False
+
+    async def _serve_link(self, relay: RelaySocket) -> None:
         link = await meet(relay, self.handoff, self._realm.keys, self._realm.peers, self._verify, is_source=False)
-        if self._link is not None:
-            raise WrongState("migration: this handoff has its link")
         self._link = link
         log.info("VM %s: linked with chip %s", self._side.vm_id, link.peer.hex())
         try:

@@ -139,7 +139,9 @@ class Migration:
         """One that is under way, or what is durable of one that was."""
         found = self._incoming.get(handoff)
         if found is not None and found.vm_id == vm_id:
-            return found
+            if found.state is not State.EMPTY:
+                return found
+            del self._incoming[handoff]
         durable = Incoming(self._realm, vm_id, handoff, None)
         if durable.state is State.EXPECTING:
             raise NotFound(f"nothing of VM {vm_id} has come in a handoff {handoff.hex()}")
@@ -151,8 +153,9 @@ class Migration:
         Raises:
             NotFound: nothing of it has come.
         """
-        receipt = await self._coming(vm_id, handoff).finish(token)
-        self.link_ended(handoff)
+        coming = self._coming(vm_id, handoff)
+        receipt = await coming.finish(token)
+        self.link_ended(coming)
         return HandoffToken(handoff, receipt)
 
     async def receive_cancel(self, vm_id: uuid.UUID, handoff: bytes, token: bytes | None) -> Handoff:
@@ -172,11 +175,11 @@ class Migration:
         """One that is under way to here."""
         return self._incoming.get(handoff)
 
-    def link_ended(self, handoff: bytes) -> None:
-        """Nothing more comes by it. One that is prepared waits for its token, loaded."""
-        found = self._incoming.get(handoff)
-        if found is not None and found.state is not State.PREPARED:
-            del self._incoming[handoff]
+    def link_ended(self, coming: Incoming) -> None:
+        """A connection for it has ended; perhaps not the one that is its link. What is prepared waits for its token, loaded."""
+        is_there = self._incoming.get(coming.handoff) is coming
+        if is_there and not coming.is_linking and coming.state is not State.PREPARED:
+            del self._incoming[coming.handoff]
 
     async def close(self) -> None:
         """What was not given up stays, and can be shut down in order."""
