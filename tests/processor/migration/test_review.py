@@ -14,7 +14,7 @@ import pytest
 
 from spvtpm.processor.migration.manager import MAX_HANDOFFS
 from spvtpm.wire import messages
-from spvtpm.wire.errors import NotFound
+from spvtpm.wire.errors import ChannelError, NotFound, WrongState
 from spvtpm.wire.migration import Link
 from spvtpm.wire.owner_messages import DestroyVm, Done
 from tests.harness import RunningSp
@@ -123,3 +123,19 @@ def test_an_owner_who_destroys_what_arrives_takes_no_place_from_others(chips: Tw
         ask(chips.b, request, messages.Handoff)
     for request in begun:
         ask(chips.b, messages.ReceiveCancel(vm_id=request.vm_id, handoff=request.handoff), messages.Handoff)
+
+
+def test_what_is_asked_for_while_the_vtpm_is_being_stopped_leaves_nothing_in_doubt(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = chips.begin(vm_id)
+    handoff.send_memory(b"memory")
+    until(lambda: bool(handoff.came))
+    handoff.carrier.cut_when_quiet()
+    stopping = threading.Thread(target=handoff.stop)
+    stopping.start()
+    with pytest.raises((WrongState, ChannelError)):
+        handoff.finish()
+    stopping.join()
+    handoff.discard(handoff.cancel())
+    runs(chips.a, vm_id, seen)
+    handoff.close()

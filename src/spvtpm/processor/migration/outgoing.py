@@ -144,6 +144,7 @@ class Outgoing:
                 raise ResourceError(f"migration: {what} after {_PATIENCE_S:g} s") from None
         async with self._lock:
             if self.state is not State.GONE:
+                self._check_prepared()
                 self._check_block()
                 await self._side.advance(Event.PREPARED)
             return self.token("commit")
@@ -159,6 +160,15 @@ class Outgoing:
                 await self._side.advance(Event.CANCEL)
             self._over(self)
             return self.token("abort")
+
+    def _check_prepared(self) -> None:
+        """Whether it was waited for: it may have been stopped only just now, and asked for before that."""
+        if self.state is not State.STOPPED:
+            raise WrongState(f"migration: a handoff that is {self.state.name.lower()} cannot be finished")
+        for future in (self._has_memory, self._prepared):
+            if not future.done():
+                raise WrongState("migration: the other secure processor has not all yet; ask again")
+            future.result()
 
     def _check_block(self) -> None:
         """Whether what was sent is what is here: its owner may have changed his secret, or destroyed it."""

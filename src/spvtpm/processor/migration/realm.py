@@ -16,7 +16,7 @@ from spvtpm.processor.security_block import VmSecurityBlock
 from spvtpm.processor.users import Users
 from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_services import Boot
-from spvtpm.wire.errors import WrongState
+from spvtpm.wire.errors import IntegrityError, PolicyError, WrongState
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,12 @@ class Side:
         for act in rule.before:
             await self._acts[act]()
         if rule.is_durable:
-            self._in_doubt = event
-            await self._store(rule.to)
+            was_in_doubt, self._in_doubt = self._in_doubt, event
+            try:
+                await self._store(rule.to)
+            except (PolicyError, IntegrityError):  # before anything was written
+                self._in_doubt = was_in_doubt
+                raise
             self._in_doubt = None
         self.state = rule.to
         for act in rule.then:
