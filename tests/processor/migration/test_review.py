@@ -14,12 +14,12 @@ import pytest
 
 from spvtpm.processor.migration.manager import MAX_HANDOFFS
 from spvtpm.wire import messages
-from spvtpm.wire.errors import ChannelError, NotFound, WrongState
+from spvtpm.wire.errors import ChannelError, NotFound, WrongState, WrongToken
 from spvtpm.wire.migration import Link
 from spvtpm.wire.owner_messages import DestroyVm, Done
 from tests.harness import RunningSp
 from tests.processor.migration.pasts import furnished, is_nowhere, runs
-from tests.processor.migration.two_chips import Frames, Handoff, Side, TwoChips, ask, connect
+from tests.processor.migration.two_chips import Frames, Handoff, Side, TwoChips, ask, connect, honest
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
 
@@ -138,4 +138,59 @@ def test_what_is_asked_for_while_the_vtpm_is_being_stopped_leaves_nothing_in_dou
     stopping.join()
     handoff.discard(handoff.cancel())
     runs(chips.a, vm_id, seen)
+    handoff.close()
+
+
+def test_a_handoff_that_came_to_nothing_can_be_ended_when_the_vtpm_is_gone_otherwise(chips: TwoChips) -> None:
+    vm_id, _seen = furnished(chips.a)
+    handoff = arrive(chips, vm_id)
+    handoff.carrier.cut()
+    until(lambda: chips.a.vm(vm_id).state == "running")
+    with chips.a.channel() as channel:
+        channel.ask(DestroyVm(vm_id=vm_id), Done)
+    handoff.discard(handoff.cancel())
+    assert is_nowhere(chips.b, vm_id)
+    handoff.close()
+
+
+def test_of_two_destinations_the_one_that_did_not_get_it_can_be_told_so_at_last(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    left = arrive(chips, vm_id)
+    left.carrier.cut()
+    until(lambda: chips.a.vm(vm_id).state == "running")
+    with RunningSp(chips.a.state.with_name("c"), vendor=chips.vendor) as third:
+        other = Handoff(chips.a, third, vm_id, honest, chips.revoked)
+        other.move()
+        runs(third, vm_id, seen)
+        left.discard(left.cancel())
+        assert is_nowhere(chips.b, vm_id)
+        with pytest.raises(WrongState):
+            other.cancel()
+        other.close()
+    left.close()
+
+
+def test_a_vtpm_that_was_given_up_is_never_said_to_have_stayed(chips: TwoChips) -> None:
+    vm_id, _seen = furnished(chips.a)
+    handoff = chips.begin(vm_id)
+    handoff.move()
+    receipt = handoff.receive(handoff.finish())
+    handoff.close()
+    there_and_back = chips.begin(vm_id, source=chips.b)
+    there_and_back.move()
+    there_and_back.close()
+    for _ in range(2):
+        with pytest.raises(WrongState):
+            handoff.cancel()
+        handoff.forget(receipt)
+
+
+def test_an_abort_token_is_told_to_nobody_who_names_another_vm(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = arrive(chips, vm_id)
+    other = ask(chips.a, messages.SendCancel(vm_id=uuid.uuid4(), handoff=handoff.id), messages.HandoffToken)
+    with pytest.raises(WrongToken):
+        handoff.discard(other.token)
+    handoff.receive(handoff.finish())
+    runs(chips.b, vm_id, seen)
     handoff.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spvtpm.processor.admission import Admission
 from spvtpm.processor.channel_identity import ChannelKeys
@@ -30,6 +30,7 @@ class Realm:
         departures: vTPMs that have left.
         keys: who this secure processor is.
         peers: which others are genuine.
+        abort_key: from which abort tokens are derived, 32 bytes.
     """
 
     estate: Estate
@@ -38,6 +39,7 @@ class Realm:
     departures: Departures
     keys: ChannelKeys
     peers: Peers
+    abort_key: bytes = field(repr=False)
 
     def vtpm_of(self, block: VmSecurityBlock) -> Vtpm:
         """A VM's vTPM.
