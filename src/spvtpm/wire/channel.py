@@ -26,10 +26,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import Certificate
 
 from spvtpm.wire.errors import ChannelError
-from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.framing import FrameDecoder, encode_frames
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
-_READ_BYTES: Final = 1 << 16
+_OPENED_BYTES: Final = MAX_CHANNEL_FRAME_BYTES + (1 << 15)
+"""More than the records that a frame completes can hold, which are at most 16 KiB each. Source: RFC 8446, section 5.1."""
 
 
 class ChannelEnded(ChannelError):
@@ -65,6 +66,7 @@ class SecureChannel:
         except (ssl.SSLError, ValueError) as error:
             raise ChannelError(f"no channel can be opened with this certificate: {_reason(error)}") from None
         self._decoder = FrameDecoder(max_message_bytes)
+        self._opened = memoryview(bytearray(_OPENED_BYTES))
         self.is_open = False
         if not is_server:
             self._shake_hands()
@@ -79,10 +81,10 @@ class SecureChannel:
         self._incoming.write(frame)
         if not self.is_open and not self._shake_hands():
             return []
-        return self._decoder.feed(self._read())
+        return self._read()
 
-    def send(self, message: bytes) -> None:
-        """Encrypts a message; `frames()` has it then.
+    def send(self, *messages: bytes) -> None:
+        """Encrypts messages; `frames()` has them then.
 
         Raises:
             ChannelError: the channel is not open.
@@ -90,7 +92,7 @@ class SecureChannel:
         if not self.is_open:
             raise ChannelError("the channel is not open")
         with _told():
-            self._tls.write(encode_frame(message))
+            self._tls.write(encode_frames(messages))
 
     def frames(self) -> list[bytes]:
         """What the relay has to carry now."""
@@ -113,17 +115,22 @@ class SecureChannel:
         self.is_open = True
         return True
 
-    def _read(self) -> bytes:
-        data = bytearray()
+    def _read(self) -> list[bytes]:
+        messages: list[bytes] = []
+        at = 0
         with _told():
             try:
-                while piece := self._tls.read(_READ_BYTES):
-                    data += piece
+                while count := self._tls.read(len(self._opened) - at, self._opened[at:]):
+                    at += count
+                    if at == len(self._opened):
+                        messages += self._decoder.feed(self._opened)
+                        at = 0
             except ssl.SSLWantReadError:
-                return bytes(data)
+                return messages + self._decoder.feed(self._opened[:at])
         self.is_open = False
-        if data:  # last words count; whoever listens on hears of the end
-            return bytes(data)
+        messages += self._decoder.feed(self._opened[:at])
+        if messages:  # last words count; whoever listens on hears of the end
+            return messages
         raise ChannelEnded("the other side has closed the channel")
 
 
