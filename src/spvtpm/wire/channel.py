@@ -29,8 +29,8 @@ from spvtpm.wire.errors import ChannelError
 from spvtpm.wire.framing import FrameDecoder, encode_frames
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
-_OPENED_BYTES: Final = MAX_CHANNEL_FRAME_BYTES + (1 << 15)
-"""More than the records that a frame completes can hold, which are at most 16 KiB each. Source: RFC 8446, section 5.1."""
+_RECORD_BYTES: Final = 1 << 14
+"""The most that a TLS record carries. Source: RFC 8446, section 5.1."""
 
 
 class ChannelEnded(ChannelError):
@@ -66,7 +66,6 @@ class SecureChannel:
         except (ssl.SSLError, ValueError) as error:
             raise ChannelError(f"no channel can be opened with this certificate: {_reason(error)}") from None
         self._decoder = FrameDecoder(max_message_bytes)
-        self._opened = memoryview(bytearray(_OPENED_BYTES))
         self.is_open = False
         if not is_server:
             self._shake_hands()
@@ -116,19 +115,15 @@ class SecureChannel:
         return True
 
     def _read(self) -> list[bytes]:
-        messages: list[bytes] = []
-        at = 0
+        pieces: list[bytes] = []
         with _told():
             try:
-                while count := self._tls.read(len(self._opened) - at, self._opened[at:]):
-                    at += count
-                    if at == len(self._opened):
-                        messages += self._decoder.feed(self._opened)
-                        at = 0
+                while piece := self._tls.read(_RECORD_BYTES):
+                    pieces.append(piece)
             except ssl.SSLWantReadError:
-                return messages + self._decoder.feed(self._opened[:at])
+                return self._decoder.feed(b"".join(pieces))
         self.is_open = False
-        messages += self._decoder.feed(self._opened[:at])
+        messages = self._decoder.feed(b"".join(pieces))
         if messages:  # last words count; whoever listens on hears of the end
             return messages
         raise ChannelEnded("the other side has closed the channel")

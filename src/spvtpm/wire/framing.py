@@ -56,7 +56,7 @@ class FrameDecoder:
         self._max = max_frame_bytes
         self._buffer = bytearray()
 
-    def feed(self, data: bytes | memoryview) -> list[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
         """Takes the next bytes of the stream; returns the frames they complete, oldest first.
 
         Raises:
