@@ -19,6 +19,7 @@ from benchmarks.cloud_load import measure_cloud
 from benchmarks.density import measure_density
 from benchmarks.instances import measure_instances
 from benchmarks.lifecycle import measure_lifecycle
+from benchmarks.migration import measure_migration
 from benchmarks.report import Section, as_json, machine, print_section
 from benchmarks.roundtrip import measure_round_trips
 from benchmarks.swtpm import find_swtpm, swtpm_version
@@ -95,6 +96,7 @@ def main() -> int:
             sections.append(measure_instances(sp, quick=arguments.quick, progress=progress))
         with RunningSp(scratch / "many", _CONFIG) as sp:
             sections.append(measure_density(sp, swtpm_path, scratch, counts=arguments.vtpms, progress=progress))
+        sections.append(measure_migration(swtpm_path, scratch, _CONFIG, quick=arguments.quick, progress=progress))
         if arguments.cloud_vms > 0:
             sections.append(measure_cloud(scratch, vms=arguments.cloud_vms, progress=progress))
     gc.collect()

@@ -12,7 +12,7 @@ from tests.owner import OwnerChannel
 from tests.tpm_commands import checked, nv_define, nv_write, response_code, startup
 
 from benchmarks.report import Figure, Row, Section
-from benchmarks.roundtrip import Progress, no_garbage_collection
+from benchmarks.roundtrip import Progress, Transmit, no_garbage_collection
 from spvtpm.wire import messages
 from spvtpm.wire.instance_header import CHUNK_BYTES
 
@@ -26,17 +26,21 @@ _FIRST_INDEX = 0x01500100
 _clock = time.perf_counter_ns
 
 
-def _full_vtpm(sp: RunningSp) -> uuid.UUID:
-    """A stopped VM whose vTPM takes no other NV index."""
+def fill_nv(transmit: Transmit) -> None:
+    """Fills a TPM that was started up until it takes no other NV index."""
+    index = _FIRST_INDEX
+    while not response_code(transmit(nv_define(index, _INDEX_BYTES))):
+        for offset in range(0, _INDEX_BYTES, _BUFFER_BYTES):
+            checked(transmit(nv_write(index, os.urandom(_BUFFER_BYTES), offset)))
+        index += 1
+
+
+def full_vtpm(sp: RunningSp) -> uuid.UUID:
+    """A running VM whose vTPM takes no other NV index."""
     vm_id = sp.launch()
     with sp.driver(vm_id) as driver:
         checked(driver.transmit(startup()))
-        index = _FIRST_INDEX
-        while not response_code(driver.transmit(nv_define(index, _INDEX_BYTES))):
-            for offset in range(0, _INDEX_BYTES, _BUFFER_BYTES):
-                checked(driver.transmit(nv_write(index, os.urandom(_BUFFER_BYTES), offset)))
-            index += 1
-    sp.info(messages.StopVm(vm_id=vm_id))
+        fill_nv(driver.transmit)
     return vm_id
 
 
@@ -62,7 +66,8 @@ def measure_instances(sp: RunningSp, *, quick: bool, progress: Progress) -> Sect
     """Exports and imports of a full vTPM in an open channel."""
     progress("export and import of a full vTPM")
     samples = _SAMPLES // 4 if quick else _SAMPLES
-    vm_id = _full_vtpm(sp)
+    vm_id = full_vtpm(sp)
+    sp.info(messages.StopVm(vm_id=vm_id))
     exports, imports, ciphers = list[int](), list[int](), list[int]()
     file = b""
     with sp.channel() as channel, no_garbage_collection():

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-Unit = Literal["µs", "ms", "KiB", "VMs/s"]
+Unit = Literal["µs", "ms", "KiB", "VMs/s", "MiB/s", "×"]
 _NS_PER: dict[Unit, float] = {"µs": 1e3, "ms": 1e6}
 
 

@@ -17,6 +17,8 @@ _START_TIMEOUT_S = 10.0
 _RETRY_S = 0.00005
 _ANSWER_TIMEOUT_S = 60
 _MAX_RESPONSE_BYTES = 4096
+_SHUTDOWN, _STORE_VOLATILE = 0x03, 0x0A
+"""Control commands. Source: swtpm, include/swtpm/tpm_ioctl.h."""
 
 
 def find_swtpm() -> str:
@@ -84,20 +86,22 @@ class SwtpmSetup:
 class Swtpm:
     """One swtpm. Life: construct (its process is spawned) → `connect()` → `transmit()` … → `stop()`.
 
-    TPM2_Startup it does by itself (startup-clear). Its state directory may hold a TPM already; else it makes one.
+    TPM2_Startup it does by itself (startup-clear), unless it goes on. Its state directory may hold a TPM already; else it
+    makes one.
 
     Args:
         path: of the program.
         state: an empty directory, or one that an earlier swtpm left.
+        goes_on: whether it goes on where `suspend` has ended another one, with no TPM2_Startup.
     """
 
-    def __init__(self, path: str, state: Path) -> None:
+    def __init__(self, path: str, state: Path, *, goes_on: bool = False) -> None:
         self.state = state
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         command = [
             *(path, "socket", "--tpm2", "--tpmstate", f"dir={state}"),
             *("--server", f"type=unixio,path={state / 'data'}", "--ctrl", f"type=unixio,path={state / 'ctrl'}"),
-            *("--flags", "not-need-init,startup-clear"),
+            *("--flags", "not-need-init" if goes_on else "not-need-init,startup-clear"),
         ]
         # close_fds=False: Python's fastest way to spawn; all descriptors of ours are close-on-exec.
         self.process = subprocess.Popen(
@@ -137,6 +141,17 @@ class Swtpm:
             os.fsync(descriptor)
             os.close(descriptor)
         return response
+
+    def suspend(self) -> None:
+        """Has it write its volatile state too, and end: nothing of the TPM is lost. `stop` it then."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(str(self.state / "ctrl"))
+            for command in (_STORE_VOLATILE, _SHUTDOWN):
+                control.sendall(struct.pack(">I", command))
+                (result,) = struct.unpack(">I", control.recv(4))
+                if result:
+                    raise OSError(f"swtpm refuses control command {command}: {result}")
+        self.process.wait(_START_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ends it; its permanent state stays."""

@@ -29,7 +29,8 @@
     :: atomic { rule[me] == 0 && IS_SOURCE(K) && source[K] == FORGOTTEN && COMES_SOURCE_LINK_LOST(K) && true -> handoff[me] = K; USES_SOURCE_LINK_LOST(K); printf("begins %d %d SOURCE FORGOTTEN LINK_LOST\n", me, K); SOURCE_BECOMES(handoff[me], FORGOTTEN); printf("becomes %d FORGOTTEN\n", me); ENDS }
 
 #define SOURCE_GOES_ON \
-    :: atomic { rule[me] == 5 && step[me] == 1 -> SOURCE_DOES_DROP_VTPM(handoff[me]); printf("does %d DROP_VTPM\n", me); SOURCE_DOES_TELL_COMMIT(handoff[me]); printf("does %d TELL_COMMIT\n", me); ENDS }
+    :: atomic { rule[me] == 5 && step[me] == 1 -> SOURCE_DOES_TELL_COMMIT(handoff[me]); printf("does %d TELL_COMMIT\n", me); rule[me] = 5; step[me] = 2 } \
+    :: atomic { rule[me] == 5 && step[me] == 2 -> SOURCE_DOES_DROP_VTPM(handoff[me]); printf("does %d DROP_VTPM\n", me); ENDS }
 
 #define SOURCE_FORGETS_TO ABORTED
 #define SOURCE_AFTER_CRASH(state) \

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 
-from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.framing import FrameDecoder, encode_frames
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 _SEND_S = 60.0
@@ -22,7 +23,7 @@ class RelaySocket:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._decoder = FrameDecoder(MAX_CHANNEL_FRAME_BYTES)
-        self._waiting: list[bytes] = []
+        self._waiting: deque[bytes] = deque()
 
     async def receive(self) -> bytes:
         """The next frame.
@@ -31,12 +32,26 @@ class RelaySocket:
             FrameError: it is too long, or empty.
             ConnectionError: there is none.
         """
+        await self._fill()
+        return self._waiting.popleft()
+
+    async def receive_some(self) -> list[bytes]:
+        """The next frames, all that have come; at least one.
+
+        Raises:
+            as `receive`.
+        """
+        await self._fill()
+        frames = list(self._waiting)
+        self._waiting.clear()
+        return frames
+
+    async def _fill(self) -> None:
         while not self._waiting:
             data = await asyncio.get_running_loop().sock_recv(self._connection, _READ_BYTES)
             if not data:
                 raise ConnectionResetError
             self._waiting += self._decoder.feed(data)
-        return self._waiting.pop(0)
 
     async def send(self, *frames: bytes) -> None:
         """Hands frames over.
@@ -45,5 +60,4 @@ class RelaySocket:
             OSError: nobody takes them, or not in time.
         """
         async with asyncio.timeout(_SEND_S):
-            for frame in frames:
-                await asyncio.get_running_loop().sock_sendall(self._connection, encode_frame(frame))
+            await asyncio.get_running_loop().sock_sendall(self._connection, encode_frames(frames))

@@ -26,10 +26,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import Certificate
 
 from spvtpm.wire.errors import ChannelError
-from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.framing import FrameDecoder, encode_frames
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
-_READ_BYTES: Final = 1 << 16
+_RECORD_BYTES: Final = 1 << 14
+"""The most that a TLS record carries. Source: RFC 8446, section 5.1."""
 
 
 class ChannelEnded(ChannelError):
@@ -79,10 +80,10 @@ class SecureChannel:
         self._incoming.write(frame)
         if not self.is_open and not self._shake_hands():
             return []
-        return self._decoder.feed(self._read())
+        return self._read()
 
-    def send(self, message: bytes) -> None:
-        """Encrypts a message; `frames()` has it then.
+    def send(self, *messages: bytes) -> None:
+        """Encrypts messages; `frames()` has them then.
 
         Raises:
             ChannelError: the channel is not open.
@@ -90,7 +91,7 @@ class SecureChannel:
         if not self.is_open:
             raise ChannelError("the channel is not open")
         with _told():
-            self._tls.write(encode_frame(message))
+            self._tls.write(encode_frames(messages))
 
     def frames(self) -> list[bytes]:
         """What the relay has to carry now."""
@@ -113,17 +114,18 @@ class SecureChannel:
         self.is_open = True
         return True
 
-    def _read(self) -> bytes:
-        data = bytearray()
+    def _read(self) -> list[bytes]:
+        pieces: list[bytes] = []
         with _told():
             try:
-                while piece := self._tls.read(_READ_BYTES):
-                    data += piece
+                while piece := self._tls.read(_RECORD_BYTES):
+                    pieces.append(piece)
             except ssl.SSLWantReadError:
-                return bytes(data)
+                return self._decoder.feed(b"".join(pieces))
         self.is_open = False
-        if data:  # last words count; whoever listens on hears of the end
-            return bytes(data)
+        messages = self._decoder.feed(b"".join(pieces))
+        if messages:  # last words count; whoever listens on hears of the end
+            return messages
         raise ChannelEnded("the other side has closed the channel")
 
 

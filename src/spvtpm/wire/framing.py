@@ -6,6 +6,7 @@ A frame is a 32-bit big-endian length, then that many bytes. Sans-IO: bytes in, 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from spvtpm.wire.errors import FrameError
 
@@ -24,9 +25,24 @@ def encode_frame(payload: bytes) -> bytes:
     Raises:
         FrameError: the payload is empty or too long.
     """
-    if not 0 < len(payload) <= MAX_FRAME_BYTES:
-        raise FrameError(f"a frame carries 1 to {MAX_FRAME_BYTES} bytes, not {len(payload)}")
-    return _LENGTH.pack(len(payload)) + payload
+    return encode_frames((payload,))
+
+
+def encode_frames(payloads: Iterable[bytes]) -> bytes:
+    """Frames, one behind the other.
+
+    Args:
+        payloads: 1 to `MAX_FRAME_BYTES` bytes each.
+
+    Raises:
+        FrameError: a payload is empty or too long.
+    """
+    parts: list[bytes] = []
+    for payload in payloads:
+        if not 0 < len(payload) <= MAX_FRAME_BYTES:
+            raise FrameError(f"a frame carries 1 to {MAX_FRAME_BYTES} bytes, not {len(payload)}")
+        parts += _LENGTH.pack(len(payload)), payload
+    return b"".join(parts)
 
 
 class FrameDecoder:
@@ -48,15 +64,18 @@ class FrameDecoder:
         """
         self._buffer += data
         frames: list[bytes] = []
-        while len(self._buffer) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer)
-            if not 0 < length <= self._max:
-                raise FrameError(f"a frame announces {length} bytes; allowed are 1 to {self._max}")
-            end = _LENGTH.size + length
-            if len(self._buffer) < end:
-                break
-            frames.append(bytes(self._buffer[_LENGTH.size : end]))
-            del self._buffer[:end]
+        at = 0
+        with memoryview(self._buffer) as stream:  # a slice of it copies nothing
+            while len(stream) - at >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(stream, at)
+                if not 0 < length <= self._max:
+                    raise FrameError(f"a frame announces {length} bytes; allowed are 1 to {self._max}")
+                end = at + _LENGTH.size + length
+                if len(stream) < end:
+                    break
+                frames.append(bytes(stream[at + _LENGTH.size : end]))
+                at = end
+        del self._buffer[:at]
         return frames
 
     def finish(self) -> None:

@@ -102,7 +102,7 @@ SOURCE: Final[tuple[Rule, ...]] = (
     Rule(State.OFFERING, Event.CANCEL, State.ABORTED, then=(Act.TELL_ABORT,)),
     Rule(State.OFFERING, Event.LINK_LOST, State.ABORTED),
     Rule(State.OFFERING, Event.CRASH, State.ABORTED),
-    Rule(State.STOPPED, Event.PREPARED, State.GONE, is_durable=True, then=(Act.DROP_VTPM, Act.TELL_COMMIT)),
+    Rule(State.STOPPED, Event.PREPARED, State.GONE, is_durable=True, then=(Act.TELL_COMMIT, Act.DROP_VTPM)),
     Rule(State.STOPPED, Event.CANCEL, State.ABORTED, then=(Act.RUN_VTPM, Act.TELL_ABORT)),
     Rule(State.STOPPED, Event.LINK_LOST, State.ABORTED, then=(Act.RUN_VTPM,)),
     Rule(State.STOPPED, Event.CRASH, State.ABORTED),

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import uuid
 from contextlib import suppress
+from itertools import chain
 from typing import Final
 
 from spvtpm.processor.ledger import Entry
@@ -29,8 +30,8 @@ from spvtpm.wire.vtpm_endorsement import encode_endorsement
 
 log = logging.getLogger(__name__)
 
-_RECORDS_HELD: Final = 16
-"""Records of memory that wait for the driver: 1 MiB."""
+_BATCHES_HELD: Final = 16
+"""Records of memory that wait for the driver, as they have come together: a frame of the link each, 1 MiB."""
 
 
 class Incoming:
@@ -48,7 +49,7 @@ class Incoming:
         self._vm_uid = vm_uid
         self._link: PeerLink | None = None
         self._is_linking = False
-        self._records: asyncio.Queue[bytes | None] = asyncio.Queue(_RECORDS_HELD)
+        self._records: asyncio.Queue[list[bytes]] = asyncio.Queue(_BATCHES_HELD)  # an empty one: there are no more
         self._ledger = PageLedger()
         self._final = b""
         self._arriving: tuple[VmSecurityBlock, Vtpm] | None = None
@@ -169,9 +170,9 @@ class Incoming:
     def _verify(self, chain: tuple[bytes, ...]) -> Chain:
         return self._realm.peers.verify(chain, None)
 
-    async def _hear(self, message: PeerMessage | bytes) -> None:
-        if isinstance(message, bytes):
-            await self._take_record(message)
+    async def _hear(self, message: PeerMessage | list[bytes]) -> None:
+        if isinstance(message, list):
+            await self._take_records(message)
         elif isinstance(message, Vtpm):
             await self._take(message)
         elif isinstance(message, Commit):
@@ -181,18 +182,19 @@ class Incoming:
         else:
             raise MessageError(f"{type(message).__name__} makes no sense from a source")
 
-    async def _take_record(self, record: bytes) -> None:
+    async def _take_records(self, records: list[bytes]) -> None:
+        for record in records:
+            if self._final:
+                raise MessageError("memory goes on behind its end")
+            parsed = parse_record(record)
+            if parsed.kind is Kind.PAGE:
+                self._ledger.take(parsed)
+            else:
+                self._final = record
+                self._verify_memory()
+        await self._records.put(records)
         if self._final:
-            raise MessageError("memory goes on behind its end")
-        parsed = parse_record(record)
-        if parsed.kind is Kind.PAGE:
-            self._ledger.take(parsed)
-        else:
-            self._final = record
-            self._verify_memory()
-        await self._records.put(record)
-        if self._final:
-            await self._records.put(None)
+            await self._records.put([])
 
     def _verify_memory(self) -> None:
         if self._final and self._arriving is not None:
@@ -223,7 +225,7 @@ class Incoming:
                 await self._side.advance(Event.LINK_LOST)
         if not self._final:
             with suppress(asyncio.QueueFull):
-                self._records.put_nowait(None)
+                self._records.put_nowait([])
 
     # Memory
 
@@ -233,8 +235,13 @@ class Incoming:
         Raises:
             OSError: the driver is not there any more.
         """
-        while (record := await self._records.get()) is not None:
-            await driver.send(record)
+        is_over = False
+        while not is_over:
+            batches = [await self._records.get()]
+            while not self._records.empty():
+                batches.append(self._records.get_nowait())
+            is_over = not batches[-1]
+            await driver.send(*chain.from_iterable(batches))
 
     # What the rules have it do
 

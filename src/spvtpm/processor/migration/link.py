@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -60,21 +60,21 @@ class PeerLink:
         """
         await self._send(encode_migration(message))
 
-    async def send_record(self, record: bytes) -> None:
-        """Sends a record of memory.
+    async def send_records(self, records: Sequence[bytes]) -> None:
+        """Sends records of memory.
 
         Raises:
             ChannelError, OSError: nobody takes it.
         """
-        await self._send(_RECORD + record)
+        await self._send(*(_RECORD + record for record in records))
 
-    async def _send(self, message: bytes) -> None:
+    async def _send(self, *messages: bytes) -> None:
         async with self._sending:
-            self._channel.send(message)
+            self._channel.send(*messages)
             await self._relay.send(*self._channel.frames())
 
-    async def receive(self) -> PeerMessage | bytes:
-        """The next message, or record of memory.
+    async def receive(self) -> PeerMessage | list[bytes]:
+        """The next message, or records of memory that have come together.
 
         Raises:
             ChannelError: the other side has closed the link, or somebody between has altered it.
@@ -83,8 +83,10 @@ class PeerLink:
         """
         while not self._messages:
             self._messages.extend(self._channel.receive(await self._relay.receive()))
-        message = self._messages.popleft()
-        return message[1:] if message[:1] == _RECORD else parse_peer_message(message)
+        records: list[bytes] = []
+        while self._messages and self._messages[0][:1] == _RECORD:
+            records.append(self._messages.popleft()[1:])
+        return records or parse_peer_message(self._messages.popleft())
 
     async def close(self) -> None:
         """Says that nothing more comes."""

@@ -253,15 +253,15 @@ class Outgoing:
         """
         link = await self._await_link()
         while not self._has_memory.done():
-            record = parse_record(await driver.receive())
-            if record.kind is Kind.PAGE:
-                self._ledger.take(record)
-                await link.send_record(record.data)
-            else:
-                verify_final(self._block.ownership.vm_key, self.handoff, self.stop_nonce, self._ledger, record.data)
-                await link.send_record(record.data)
-                if not self._has_memory.done():
-                    self._has_memory.set_result(None)
+            records = [parse_record(data) for data in await driver.receive_some()]
+            *pages, last = records
+            for page in pages if last.kind is Kind.FINAL else records:
+                self._ledger.take(page)
+            if last.kind is Kind.FINAL:
+                verify_final(self._block.ownership.vm_key, self.handoff, self.stop_nonce, self._ledger, last.data)
+            await link.send_records([record.data for record in records])
+            if last.kind is Kind.FINAL and not self._has_memory.done():
+                self._has_memory.set_result(None)
 
     # What the rules have it do
 
