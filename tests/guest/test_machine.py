@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from spvtpm.wire.errors import MessageError, SpvtpmError, WrongState
+from spvtpm.wire.errors import MessageError, SpvtpmError
 from spvtpm.wire.framing import encode_frame
 from spvtpm.wire.machine_control import MAX_CONTROL_BYTES, AwaitReady, encode_control
 from spvtpm.wire.messages import HibernateVm, LaunchVm, ResetVm, StopVm
+from spvtpm.wire.platform_errors import CommandNotBegun
 from tests.guest.running_machine import PATIENCE_S, RunningMachine, ended
 from tests.harness import RunningSp
 
@@ -121,7 +122,7 @@ def test_a_suspended_machine_goes_on_as_if_nothing_had_been(machine: RunningMach
         machine.suspend()
         machine.suspend()  # said again, as by an agent that has died meanwhile
         assert machine.state() == "suspended"
-        with pytest.raises(WrongState):
+        with pytest.raises(CommandNotBegun):
             machine.run("true")
         machine.go_on()
         machine.go_on()

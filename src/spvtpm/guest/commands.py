@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from spvtpm.guest.own_process import bury_orphans, end_descendants
-from spvtpm.wire.errors import ChannelError, WrongState
+from spvtpm.wire.errors import ChannelError
 from spvtpm.wire.platform_errors import CommandNotBegun
 
 NOT_FOUND: Final = 127
@@ -80,14 +80,14 @@ class Commands:
             has_gone: as for `await_entry`.
 
         Raises:
-            WrongState: the VM is being suspended or powered off.
-            CommandNotBegun, ChannelError: as of `await_entry`.
+            CommandNotBegun: the VM is being suspended or powered off.
+            ChannelError: as of `await_entry`.
             OSError: it cannot be run.
         """
         with self._changed:
             self._await_entry(has_gone)
             if self._entry == "shut":
-                raise WrongState("the VM is being suspended or powered off")
+                raise CommandNotBegun("the VM is being suspended or powered off")
             command = subprocess.Popen(
                 arguments,
                 stdin=subprocess.PIPE,

@@ -118,7 +118,7 @@ class MemoryStreamDamaged(ImageDamaged):
 
 
 class CommandNotBegun(PolicyError):
-    """A command waited for its VM to go on, and the VM went away."""
+    """A command came to a VM that was being suspended, powered off, or moved away."""
 
     code = "not-begun"
     hint = "Nothing was run. Say it again: if the VM has moved to another host, it runs there."
