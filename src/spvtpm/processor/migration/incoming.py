@@ -20,7 +20,7 @@ from spvtpm.processor.security_block import Arrival, VmSecurityBlock, new_moves_
 from spvtpm.processor.vm_table import block_change, block_removal
 from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
 from spvtpm.wire.certificates import Chain
-from spvtpm.wire.errors import MessageError, PeerError, SpvtpmError, StaleInstance, WrongState
+from spvtpm.wire.errors import ChannelError, MessageError, PeerError, SpvtpmError, StaleInstance, WrongState
 from spvtpm.wire.memory_records import Kind, PageLedger, parse_record
 from spvtpm.wire.memory_stream import verify_final
 from spvtpm.wire.messages import error_reply
@@ -51,6 +51,7 @@ class Incoming:
         self._records: asyncio.Queue[bytes | None] = asyncio.Queue(_RECORDS_HELD)
         self._ledger = PageLedger()
         self._final = b""
+        self._is_memory_over = False
         self._arriving: tuple[VmSecurityBlock, Vtpm] | None = None
         self._live: VmSecurityBlock | None = None  # the block in the boot in which a process has the vTPM already
         acts = {
@@ -126,12 +127,10 @@ class Incoming:
             WrongState: it is prepared, and there is no token; or it runs.
         """
         async with self._lock:
-            if token is None:
-                await self._side.advance(Event.CANCEL)
-                return
-            if self.state is State.PREPARED:
+            if token is not None and self.state is State.PREPARED:
                 check_token(token, self._arrival().abort_sha256, "abort")
-            await self._side.advance(Event.ABORT)
+            await self._side.advance(Event.CANCEL if token is None else Event.ABORT)
+            self._end_memory()
 
     # The link
 
@@ -161,9 +160,10 @@ class Incoming:
             log.info("VM %s: the link of its migration has ended: %s", self._side.vm_id, error)
         except SpvtpmError as error:
             log.warning("VM %s does not come: %s", self._side.vm_id, error)
-            with suppress(SpvtpmError, OSError):
+            with suppress(SpvtpmError):
                 await link.send(error_reply(error))
         finally:
+            await link.end()
             await self._lose_link()
 
     def _verify(self, chain: tuple[bytes, ...]) -> Chain:
@@ -182,6 +182,8 @@ class Incoming:
             raise MessageError(f"{type(message).__name__} makes no sense from a source")
 
     async def _take_record(self, record: bytes) -> None:
+        if self._is_memory_over:
+            raise ChannelError("nobody takes the VM's memory any more")
         if self._final:
             raise MessageError("memory goes on behind its end")
         parsed = parse_record(record)
@@ -222,8 +224,7 @@ class Incoming:
             with suppress(SpvtpmError):
                 await self._side.advance(Event.LINK_LOST)
         if not self._final:
-            with suppress(asyncio.QueueFull):
-                self._records.put_nowait(None)
+            self._end_memory()
 
     # Memory
 
@@ -234,7 +235,19 @@ class Incoming:
             OSError: the driver is not there any more.
         """
         while (record := await self._records.get()) is not None:
-            await driver.send(record)
+            try:
+                await driver.send(record)
+            except OSError:  # this record is lost, and with it the memory
+                self._end_memory()
+                raise
+        self._end_memory()  # for whoever else takes it
+
+    def _end_memory(self) -> None:
+        """Nobody waits for memory any more, nor to hand it out."""
+        self._is_memory_over = True
+        while not self._records.empty():
+            self._records.get_nowait()
+        self._records.put_nowait(None)
 
     # What the rules have it do
 
