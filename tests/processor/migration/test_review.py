@@ -16,11 +16,11 @@ import pytest
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.migration.manager import MAX_HANDOFFS
 from spvtpm.wire import messages
-from spvtpm.wire.errors import ChannelError, NotFound, WrongState, WrongToken
+from spvtpm.wire.errors import ChannelError, NotFound, SpvtpmError, StaleInstance, WrongState, WrongToken
 from spvtpm.wire.framing import encode_frame
 from spvtpm.wire.memory_records import PAGE_BYTES
 from spvtpm.wire.migration import Link, MemoryIn, MemoryOut
-from spvtpm.wire.owner_messages import DestroyVm, Done
+from spvtpm.wire.owner_messages import PIECE_BYTES, DestroyVm, Done, ImportVtpm, Piece
 from tests.harness import RunningSp
 from tests.processor.migration.pasts import furnished, is_nowhere, runs
 from tests.processor.migration.two_chips import (
@@ -292,3 +292,28 @@ def test_a_link_that_is_half_closed_under_whoever_writes_to_it_disturbs_no_other
         client.close()
     handoff.cancel()
     runs(chips.a, vm_id, seen)
+
+
+def test_an_import_beside_the_arrival_of_the_same_vtpm_makes_no_second_one(chips: TwoChips) -> None:
+    for delay_ms in (0, 5, 10, 20, 30, 40, 60, 80):
+        vm_id, other = chips.a.launch(), uuid.uuid4()
+        chips.a.info(messages.StopVm(vm_id=vm_id))
+        with chips.a.channel() as channel:
+            _begins, file = channel.take_export(vm_id)
+        chips.a.info(messages.StartVm(vm_id=vm_id))  # the file is void, but only its owner's terminal knows
+        ask(chips.b, messages.AdmitVm(vm_id=other), messages.Admitted)
+        handoff = chips.begin(vm_id)
+        with chips.b.channel(chips.a.owner) as channel:
+            announced = ImportVtpm(size_bytes=len(file), newest_version=0)
+            channel.ask(chips.a.owner.provision(other, bytes(32), announced), Done)
+            handoff.send_final(handoff.stop())
+            time.sleep(delay_ms / 1000)
+            pieces = [Piece(data=file[at : at + PIECE_BYTES]) for at in range(0, len(file), PIECE_BYTES)]
+            for piece in pieces:
+                channel.say(piece)
+            with suppress(StaleInstance):
+                channel.hear()
+        with suppress(SpvtpmError):
+            handoff.receive(handoff.finish())
+        assert len([vm for vm in chips.b.vms() if vm.vm_id in (vm_id, other)]) == 1
+        handoff.close()

@@ -258,9 +258,10 @@ class Incoming:
         assert vtpm_id is not None  # noqa: S101  # or it could not have left
         estate.here.check(block.ownership.policy)
         estate.table.check_room(block.vm_id, block.ownership.owner)
-        self._check_age(vtpm_id, block.version)
         live = block.go_live(self._vm_uid, running=True)
-        loaded = estate.vtpms.load(vtpm_id, block.vm_id)
+        async with estate.ledger.lock:  # an import of the same is done, or finds it here
+            self._check_age(vtpm_id, block.version)
+            loaded = estate.vtpms.load(vtpm_id, block.vm_id)
         try:
             await loaded.power_on(self._realm.boot_of(live), vtpm.volatile, permanent=vtpm.permanent, offered=False)
         except BaseException:
@@ -270,7 +271,7 @@ class Incoming:
 
     def _check_age(self, vtpm_id: uuid.UUID, version: int) -> None:
         estate = self._realm.estate
-        if any(block.vtpm_id == vtpm_id for block in estate.table):
+        if record_name(vtpm_id) in estate.store or estate.vtpms.has(vtpm_id):
             raise StaleInstance(f"vTPM {vtpm_id} lives in this secure processor already")
         entry: Entry | None = estate.ledger.find(vtpm_id)
         if entry is not None and version < (entry.version if entry.how == "migrated" else entry.least):
