@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from contextlib import suppress
 
 from spvtpm.wire.framing import FrameDecoder, encode_frames
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
@@ -52,6 +53,16 @@ class RelaySocket:
             if not data:
                 raise ConnectionResetError
             self._waiting += self._decoder.feed(data)
+
+    def hang_up(self) -> None:
+        """Nothing more comes or goes; whoever waits for that learns it."""
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def hear_no_more(self) -> None:
+        """Nothing more comes; whoever waits for that learns it."""
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RD)
 
     async def send(self, *frames: bytes) -> None:
         """Hands frames over.

@@ -66,6 +66,10 @@ class VtpmManager:
         except KeyError:
             raise NotFound(f"there is no vTPM {vtpm_id}") from None
 
+    def has(self, vtpm_id: uuid.UUID) -> bool:
+        """Whether the vTPM is here, or coming."""
+        return vtpm_id in self._vtpms
+
     def endorsement(self, vtpm_id: uuid.UUID) -> Endorsement:
         """The certificates of a vTPM's EKs as this SP keeps them: what the guest has in his NV does not matter here.
 
@@ -137,9 +141,10 @@ class VtpmManager:
 
     async def forget(self, vtpm_id: uuid.UUID) -> None:
         """Ends a vTPM that has not come after all; what was written of it goes."""
-        await self._vtpms.pop(vtpm_id).abandon()
+        await self.get(vtpm_id).abandon()
         with suppress(StorageError):  # the next start removes it
             await self._services.commit(_removal(vtpm_id))
+        del self._vtpms[vtpm_id]  # at last: until then no other of this id can come, whose records would go
 
     async def park_idle_for_ever(self) -> None:
         """Parks what is idle, until cancelled. One that hangs keeps no other waiting, nor the next round."""

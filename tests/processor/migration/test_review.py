@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,14 +13,28 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.migration.manager import MAX_HANDOFFS
 from spvtpm.wire import messages
-from spvtpm.wire.errors import ChannelError, NotFound, WrongState, WrongToken
-from spvtpm.wire.migration import Link
-from spvtpm.wire.owner_messages import DestroyVm, Done
+from spvtpm.wire.errors import ChannelError, NotFound, SpvtpmError, StaleInstance, WrongState, WrongToken
+from spvtpm.wire.framing import encode_frame
+from spvtpm.wire.memory_records import PAGE_BYTES
+from spvtpm.wire.migration import Link, MemoryIn, MemoryOut
+from spvtpm.wire.owner_messages import PIECE_BYTES, DestroyVm, Done, ImportVtpm, Piece
 from tests.harness import RunningSp
 from tests.processor.migration.pasts import furnished, is_nowhere, runs
-from tests.processor.migration.two_chips import Frames, Handoff, Side, TwoChips, ask, connect, honest
+from tests.processor.migration.two_chips import (
+    PATIENCE_S,
+    Carrier,
+    Frames,
+    Handoff,
+    Hook,
+    Memory,
+    TwoChips,
+    ask,
+    connect,
+    honest,
+)
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
 
@@ -31,25 +46,14 @@ def chips() -> Iterator[TwoChips]:
 
 
 def until(happened: Callable[[], bool]) -> None:
-    """Asks again and again."""
+    """Asks again and again, but not for ever."""
+    ends = time.monotonic() + PATIENCE_S
     while not happened():
-        pass
+        assert time.monotonic() < ends, "it does not happen"
 
 
-def arrive(chips: TwoChips, vm_id: uuid.UUID, *, holding: threading.Event | None = None) -> Handoff:
-    """A handoff up to where its destination is prepared.
-
-    Args:
-        chips: from the first to the second.
-        vm_id: the VM.
-        holding: what the source says behind the vTPM waits for this.
-    """
-
-    def hook(side: Side, _number: int, frame: bytes) -> list[bytes]:
-        if holding is not None and side == "source" and chips.b.vms() and chips.b.vm(vm_id).state == "arriving":
-            holding.wait(30)
-        return [frame]
-
+def arrive(chips: TwoChips, vm_id: uuid.UUID, hook: Hook = honest) -> Handoff:
+    """A handoff from the first to the second, up to where that one is prepared."""
     handoff = chips.begin(vm_id, hook)
     handoff.send_memory(b"memory")
     handoff.send_final(handoff.stop())
@@ -194,3 +198,122 @@ def test_an_abort_token_is_told_to_nobody_who_names_another_vm(chips: TwoChips) 
     handoff.receive(handoff.finish())
     runs(chips.b, vm_id, seen)
     handoff.close()
+
+
+class Unread:
+    """A handoff whose memory nobody takes at its destination, more of it than the way there holds."""
+
+    def __init__(self, chips: TwoChips, vm_id: uuid.UUID, records: int = 256) -> None:
+        self.chips, self.vm_id = chips, vm_id
+        self.id = ask(chips.a, messages.SendStart(vm_id=vm_id), messages.Handoff).handoff
+        ask(chips.b, messages.ReceiveStart(vm_id=vm_id, handoff=self.id), messages.Handoff)
+        self.carrier = Carrier(chips.a, chips.b, self.id, revoked=chips.revoked)
+        self.driver = connect(chips.a, MemoryIn(self.id))
+        self.driver.settimeout(1.0)
+        with suppress(TimeoutError):
+            for record in Memory(chips.a.key(vm_id), self.id).pages(bytes(records * PAGE_BYTES)):
+                self.driver.sendall(encode_frame(record))
+
+    def cancel(self) -> None:
+        """At both sides; then its connections are closed."""
+        request = messages.SendCancel(vm_id=self.vm_id, handoff=self.id)
+        token = ask(self.chips.a, request, messages.HandoffToken).token
+        ask(self.chips.b, messages.ReceiveCancel(vm_id=self.vm_id, handoff=self.id, token=token), messages.Handoff)
+        self.carrier.close()
+        self.driver.close()
+
+
+def quiet(carrier: Carrier) -> None:
+    """Waits until nothing goes through any more."""
+    before = -1
+    while before != len(carrier.seen):
+        before = len(carrier.seen)
+        time.sleep(0.2)
+
+
+def descriptors(sp: RunningSp) -> int:
+    """How many the daemon has open."""
+    return len(list(Path(f"/proc/{sp.process.pid}/fd").iterdir()))
+
+
+@pytest.mark.attack("A23")
+def test_memory_that_nobody_takes_holds_nothing_once_its_handoff_is_cancelled(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    before = {sp: descriptors(sp) for sp in (chips.a, chips.b)}
+    Unread(chips, vm_id).cancel()
+    until(lambda: all(descriptors(sp) <= many for sp, many in before.items()))
+    runs(chips.a, vm_id, seen)
+
+
+@pytest.mark.attack("A23")
+def test_who_takes_memory_late_learns_that_the_link_has_ended(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    for records in range(20, 30):  # some number of them fills all that is on the way, and no more
+        handoff = Unread(chips, vm_id, records)
+        with connect(chips.b, MemoryOut(handoff.id)) as taker:
+            quiet(handoff.carrier)
+            handoff.carrier.cut()
+            frames = Frames(taker)
+            while frames.receive() is not None:
+                pass
+        handoff.cancel()
+    runs(chips.a, vm_id, seen)
+
+
+@pytest.mark.attack("A16")
+@pytest.mark.parametrize("way", ["killed", "stopped"])
+def test_a_destination_that_ends_before_the_commit_token_comes_resumes_it_afterwards(chips: TwoChips, way: str) -> None:
+    vm_id, seen = furnished(chips.a)
+    held = threading.Event()
+    handoff = arrive(chips, vm_id, lambda side, _number, frame: [] if side == "source" and held.is_set() else [frame])
+    held.set()  # the other side has all; the token by the link is lost
+    token = handoff.finish()
+    if way == "killed":
+        chips.b.kill()
+    else:
+        assert chips.b.stop() == 0
+    chips.b.start()
+    handoff.receive(token)
+    chips.b.info(messages.StartVm(vm_id=vm_id))
+    runs(chips.b, vm_id, seen)
+    handoff.close()
+
+
+@pytest.mark.attack("A25")
+def test_a_link_that_is_half_closed_under_whoever_writes_to_it_disturbs_no_other_connection(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = Unread(chips, vm_id)
+    log = chips.a.log().count("the link of its migration has ended")
+    handoff.carrier.half_close("source")
+    until(lambda: chips.a.log().count("the link of its migration has ended") > log)
+    clients = [SecureProcessorClient(chips.a.socket) for _ in range(8)]
+    for client in clients:
+        assert vm_id in {vm.vm_id for vm in client.list_vms()}
+        client.close()
+    handoff.cancel()
+    runs(chips.a, vm_id, seen)
+
+
+def test_an_import_beside_the_arrival_of_the_same_vtpm_makes_no_second_one(chips: TwoChips) -> None:
+    for delay_ms in (0, 5, 10, 20, 30, 40, 60, 80):
+        vm_id, other = chips.a.launch(), uuid.uuid4()
+        chips.a.info(messages.StopVm(vm_id=vm_id))
+        with chips.a.channel() as channel:
+            _begins, file = channel.take_export(vm_id)
+        chips.a.info(messages.StartVm(vm_id=vm_id))  # the file is void, but only its owner's terminal knows
+        ask(chips.b, messages.AdmitVm(vm_id=other), messages.Admitted)
+        handoff = chips.begin(vm_id)
+        with chips.b.channel(chips.a.owner) as channel:
+            announced = ImportVtpm(size_bytes=len(file), newest_version=0)
+            channel.ask(chips.a.owner.provision(other, bytes(32), announced), Done)
+            handoff.send_final(handoff.stop())
+            time.sleep(delay_ms / 1000)
+            pieces = [Piece(data=file[at : at + PIECE_BYTES]) for at in range(0, len(file), PIECE_BYTES)]
+            for piece in pieces:
+                channel.say(piece)
+            with suppress(StaleInstance):
+                channel.hear()
+        with suppress(SpvtpmError):
+            handoff.receive(handoff.finish())
+        assert len([vm for vm in chips.b.vms() if vm.vm_id in (vm_id, other)]) == 1
+        handoff.close()

@@ -138,6 +138,10 @@ class Carrier:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def half_close(self, side: Side) -> None:
+        """A side hears that nothing more comes; what it says is still taken, or not."""
+        self._ends[side].shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Ends the link, and waits until it has ended."""
         self.cut()

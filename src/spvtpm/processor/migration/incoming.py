@@ -21,7 +21,7 @@ from spvtpm.processor.security_block import Arrival, VmSecurityBlock, new_moves_
 from spvtpm.processor.vm_table import block_change, block_removal
 from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
 from spvtpm.wire.certificates import Chain
-from spvtpm.wire.errors import MessageError, PeerError, SpvtpmError, StaleInstance, WrongState
+from spvtpm.wire.errors import ChannelError, MessageError, PeerError, SpvtpmError, StaleInstance, WrongState
 from spvtpm.wire.memory_records import Kind, PageLedger, parse_record
 from spvtpm.wire.memory_stream import verify_final
 from spvtpm.wire.messages import error_reply
@@ -52,6 +52,7 @@ class Incoming:
         self._records: asyncio.Queue[list[bytes]] = asyncio.Queue(_BATCHES_HELD)  # an empty one: there are no more
         self._ledger = PageLedger()
         self._final = b""
+        self._is_memory_over = False
         self._arriving: tuple[VmSecurityBlock, Vtpm] | None = None
         self._live: VmSecurityBlock | None = None  # the block in the boot in which a process has the vTPM already
         acts = {
@@ -127,12 +128,10 @@ class Incoming:
             WrongState: it is prepared, and there is no token; or it runs.
         """
         async with self._lock:
-            if token is None:
-                await self._side.advance(Event.CANCEL)
-                return
-            if self.state is State.PREPARED:
+            if token is not None and self.state is State.PREPARED:
                 check_token(token, self._arrival().abort_sha256, "abort")
-            await self._side.advance(Event.ABORT)
+            await self._side.advance(Event.CANCEL if token is None else Event.ABORT)
+            self._end_memory()
 
     # The link
 
@@ -162,9 +161,10 @@ class Incoming:
             log.info("VM %s: the link of its migration has ended: %s", self._side.vm_id, error)
         except SpvtpmError as error:
             log.warning("VM %s does not come: %s", self._side.vm_id, error)
-            with suppress(SpvtpmError, OSError):
+            with suppress(SpvtpmError):
                 await link.send(error_reply(error))
         finally:
+            await link.end()
             await self._lose_link()
 
     def _verify(self, chain: tuple[bytes, ...]) -> Chain:
@@ -183,6 +183,8 @@ class Incoming:
             raise MessageError(f"{type(message).__name__} makes no sense from a source")
 
     async def _take_records(self, records: list[bytes]) -> None:
+        if self._is_memory_over:
+            raise ChannelError("nobody takes the VM's memory any more")
         for record in records:
             if self._final:
                 raise MessageError("memory goes on behind its end")
@@ -224,8 +226,7 @@ class Incoming:
             with suppress(SpvtpmError):
                 await self._side.advance(Event.LINK_LOST)
         if not self._final:
-            with suppress(asyncio.QueueFull):
-                self._records.put_nowait([])
+            self._end_memory()
 
     # Memory
 
@@ -241,7 +242,19 @@ class Incoming:
             while not self._records.empty():
                 batches.append(self._records.get_nowait())
             is_over = not batches[-1]
-            await driver.send(*chain.from_iterable(batches))
+            try:
+                await driver.send(*chain.from_iterable(batches))
+            except OSError:  # these records are lost, and with them the memory
+                self._end_memory()
+                raise
+        self._end_memory()  # for whoever else takes it
+
+    def _end_memory(self) -> None:
+        """Nobody waits for memory any more, nor to hand it out."""
+        self._is_memory_over = True
+        while not self._records.empty():
+            self._records.get_nowait()
+        self._records.put_nowait([])
 
     # What the rules have it do
 
@@ -252,9 +265,10 @@ class Incoming:
         assert vtpm_id is not None  # noqa: S101  # or it could not have left
         estate.here.check(block.ownership.policy)
         estate.table.check_room(block.vm_id, block.ownership.owner)
-        self._check_age(vtpm_id, block.version)
         live = block.go_live(self._vm_uid, running=True)
-        loaded = estate.vtpms.load(vtpm_id, block.vm_id)
+        async with estate.ledger.lock:  # an import of the same is done, or finds it here
+            self._check_age(vtpm_id, block.version)
+            loaded = estate.vtpms.load(vtpm_id, block.vm_id)
         try:
             await loaded.power_on(self._realm.boot_of(live), vtpm.volatile, permanent=vtpm.permanent, offered=False)
         except BaseException:
@@ -264,7 +278,7 @@ class Incoming:
 
     def _check_age(self, vtpm_id: uuid.UUID, version: int) -> None:
         estate = self._realm.estate
-        if any(block.vtpm_id == vtpm_id for block in estate.table):
+        if record_name(vtpm_id) in estate.store or estate.vtpms.has(vtpm_id):
             raise StaleInstance(f"vTPM {vtpm_id} lives in this secure processor already")
         entry: Entry | None = estate.ledger.find(vtpm_id)
         if entry is not None and version < (entry.version if entry.how == "migrated" else entry.least):

@@ -14,7 +14,7 @@ from spvtpm.processor.relay_socket import RelaySocket
 from spvtpm.wire.certificates import Chain
 from spvtpm.wire.channel import SecureChannel
 from spvtpm.wire.decoding import printable
-from spvtpm.wire.errors import MessageError, SpvtpmError, error_from_code
+from spvtpm.wire.errors import ChannelError, MessageError, SpvtpmError, error_from_code
 from spvtpm.wire.messages import ErrorReply, error_reply
 from spvtpm.wire.migration import (
     MAX_PEER_MESSAGE_BYTES,
@@ -31,7 +31,7 @@ _RECORD: Final = b"\0"
 
 
 class PeerLink:
-    """One end of a link. Life: `meet` → `send`, `receive` … → `close`.
+    """One end of a link. Life: `meet` → `send`, `receive` … → `end`.
 
     Args:
         relay: carries the frames.
@@ -56,7 +56,7 @@ class PeerLink:
         """Sends a message.
 
         Raises:
-            ChannelError, OSError: nobody takes it.
+            ChannelError: nobody takes it; the link has ended.
         """
         await self._send(encode_migration(message))
 
@@ -64,14 +64,18 @@ class PeerLink:
         """Sends records of memory.
 
         Raises:
-            ChannelError, OSError: nobody takes it.
+            ChannelError: nobody takes it; the link has ended.
         """
         await self._send(*(_RECORD + record for record in records))
 
     async def _send(self, *messages: bytes) -> None:
         async with self._sending:
             self._channel.send(*messages)
-            await self._relay.send(*self._channel.frames())
+            try:
+                await self._relay.send(*self._channel.frames())
+            except OSError:  # or half a frame may have gone
+                self.hang_up()
+                raise ChannelError("nobody takes what goes by the link to the other secure processor") from None
 
     async def receive(self) -> PeerMessage | list[bytes]:
         """The next message, or records of memory that have come together.
@@ -88,11 +92,15 @@ class PeerLink:
             records.append(self._messages.popleft()[1:])
         return records or parse_peer_message(self._messages.popleft())
 
-    async def close(self) -> None:
-        """Says that nothing more comes."""
+    def hang_up(self) -> None:
+        """Ends it; what was sent may still arrive."""
+        self._relay.hang_up()
+
+    async def end(self) -> None:
+        """Ends it; returns once nobody is sending: a connection must not be closed under whoever waits to write to it."""
+        self.hang_up()
         async with self._sending:
-            self._channel.close()
-            await self._relay.send(*self._channel.frames())
+            pass
 
 
 async def meet(

@@ -31,6 +31,8 @@ from spvtpm.wire.migration import Abort, Commit, Prepared, Vtpm
 log = logging.getLogger(__name__)
 
 _LINK_S: Final = 20.0
+_TELL_S: Final = 2.0
+"""How long the link may take for a token: the VM's owner may be waiting for its lock."""
 _PATIENCE_S: Final = 60.0
 """How long the other side may take for what it is waited for, and the driver for the last of the memory."""
 
@@ -59,6 +61,7 @@ class Outgoing:
         self._refused: SpvtpmError | None = None
         self._ledger = PageLedger()
         loop = asyncio.get_running_loop()
+        self._drivers = set[RelaySocket]()
         self._has_memory: asyncio.Future[None] = loop.create_future()
         self._prepared: asyncio.Future[bytes] = loop.create_future()
         self._volatile = b""
@@ -215,6 +218,7 @@ class Outgoing:
         except (PeerError, OSError) as error:
             log.info("VM %s: the link of its migration has ended: %s", self._block.vm_id, error)
         finally:
+            await link.end()
             await self._lose_link()
 
     def _verify(self, chain: tuple[bytes, ...]) -> Chain:
@@ -236,6 +240,8 @@ class Outgoing:
             if not future.done():
                 future.set_exception(ChannelError("the link to the other secure processor has ended"))
                 future.exception()  # seen, whether somebody waits for it or not
+        for driver in self._drivers:
+            driver.hear_no_more()
         async with self._lock:
             with suppress(SpvtpmError):
                 await self._side.advance(Event.LINK_LOST)
@@ -252,6 +258,17 @@ class Outgoing:
             OSError: the driver, or the other side, is not there any more.
         """
         link = await self._await_link()
+        self._drivers.add(driver)
+        try:
+            await self._pass_on(driver, link)
+        except OSError:
+            if self._has_memory.done():
+                self._has_memory.result()  # why nothing more is heard
+            raise
+        finally:
+            self._drivers.remove(driver)
+
+    async def _pass_on(self, driver: RelaySocket, link: PeerLink) -> None:
         while not self._has_memory.done():
             records = [parse_record(data) for data in await driver.receive_some()]
             *pages, last = records
@@ -284,19 +301,23 @@ class Outgoing:
     async def _send_state(self) -> None:
         assert self._link is not None and self._block.vtpm_id is not None  # noqa: S101  # or it could not stop
         store = self._realm.estate.store
-        await self._link.send(
-            Vtpm(
-                handoff=self.handoff,
-                vm_id=self._block.vm_id,
-                block=self._block.moving_part(self._link.peer),
-                permanent=store.read(record_name(self._block.vtpm_id)),
-                volatile=self._volatile,
-                endorsement=read_endorsement(store, self._block.vtpm_id),
-                stop_nonce=self.stop_nonce,
-                commit_sha256=sha256_of(self._commit_token()),
-                abort_sha256=sha256_of(self._abort_token()),
-            )
+        state = Vtpm(
+            handoff=self.handoff,
+            vm_id=self._block.vm_id,
+            block=self._block.moving_part(self._link.peer),
+            permanent=store.read(record_name(self._block.vtpm_id)),
+            volatile=self._volatile,
+            endorsement=read_endorsement(store, self._block.vtpm_id),
+            stop_nonce=self.stop_nonce,
+            commit_sha256=sha256_of(self._commit_token()),
+            abort_sha256=sha256_of(self._abort_token()),
         )
+        try:
+            async with asyncio.timeout(_LINK_S):
+                await self._link.send(state)
+        except TimeoutError:
+            self._link.hang_up()
+            raise ResourceError("migration: the link to the other secure processor does not take the vTPM") from None
 
     async def _store(self, _gone: State) -> None:
         estate, block = self._realm.estate, self._block
@@ -326,5 +347,7 @@ class Outgoing:
 
     async def _tell(self, message: Commit | Abort) -> None:
         if self._link is not None:
-            with suppress(SpvtpmError, OSError):  # whoever asks may carry it
-                await self._link.send(message)
+            with suppress(SpvtpmError, TimeoutError):  # whoever asks may carry it
+                async with asyncio.timeout(_TELL_S):
+                    await self._link.send(message)
+            self._link.hang_up()
