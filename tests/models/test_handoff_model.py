@@ -24,7 +24,7 @@ pytestmark = [
 
 SMALL = World(handoffs=2, crashes=1, failures=1)
 WALKED = World(handoffs=3, crashes=9, failures=2)
-WALKS, STEPS = 200, 2500
+WALKS, STEPS = 600, 2500
 
 CheckerOf = Callable[[World], Checker]
 
