@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from sqlalchemy import Row, insert, select
@@ -36,6 +38,19 @@ class PlatformDatabase:
         with self.engine.begin() as connection:
             for name in (USER, "bob"):
                 connection.execute(insert(tables.users).values(name=name, created_s=time.time()))
+
+    def is_writable(self) -> bool:
+        """Whether nobody has it locked; one that is no file is never locked as a whole."""
+        file = self.url.removeprefix("sqlite:///")
+        if file == self.url:
+            return True
+        try:
+            for one in (file, f"{file}.workflows"):
+                with closing(sqlite3.connect(one, timeout=0.5)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        return True
 
     def add_host(self, name: str, agent: AgentDouble) -> None:
         """A host that has not been looked at yet."""

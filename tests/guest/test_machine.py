@@ -97,7 +97,7 @@ def test_power_off_ends_a_command_under_way_and_its_owner_hears_of_it(machine: R
 
 def test_what_commands_leave_behind_runs_on_and_is_buried_when_it_ends(machine: RunningMachine) -> None:
     pids = left_behind(machine)
-    for pid in pids:
+    for pid in reversed(pids):  # a shell before what it waits for, and would end with
         os.kill(pid, signal.SIGKILL)
     assert ended(pids)
     while any(Path(f"/proc/{pid}").exists() for pid in pids):  # until it is buried

@@ -20,6 +20,7 @@ import select
 import signal
 import threading
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 _MAX_CONSOLES: Final = 16
 _MAX_CONTROLS: Final = 8
 _READY_S: Final = 120.0
+_MAX_RINGS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Machine:
         self._settled = threading.Event()
         self._failure: SpvtpmError | None = None
         self._is_over = False
-        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # there is something to look at for `_watch`
+        self._news, self._bell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # there is something to look at for `_watch`
         self._vm_key = b""
         self._door: VtpmDoor | None = None
         self._copy: MemoryCopy | None = None
@@ -109,7 +111,8 @@ class Machine:
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._end())
-        signal.signal(signal.SIGCHLD, lambda _number, _frame: os.eventfd_write(self._news, 1))
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)  # for one that comes just before `_watch` waits
         control = MachineSocket(self._place.directory / "control.sock", _MAX_CONTROLS)
         console: MachineSocket | None = None
         try:
@@ -155,7 +158,11 @@ class Machine:
 
     def _end(self) -> None:
         self._is_over = True
-        os.eventfd_write(self._news, 1)
+        self._ring()
+
+    def _ring(self) -> None:
+        with suppress(BlockingIOError):  # it is full, and so will be read
+            os.write(self._bell, b"\0")
 
     def _watch(self) -> None:
         """Returns when it is to end.
@@ -172,7 +179,7 @@ class Machine:
                     poll.register(memory.connection, select.POLLIN)  # it says nothing but that it is over
             ready = {descriptor for descriptor, _event in poll.poll()}
             if self._news in ready:
-                os.eventfd_read(self._news)
+                os.read(self._news, _MAX_RINGS)
                 self._commands.bury_orphans()
             with self._lock:
                 if ready - {self._news} and memory is self._interface:
@@ -250,7 +257,7 @@ class Machine:
             return
         if self._door is not None and self._interface is None:
             self._door.open()
-            os.eventfd_write(self._news, 1)
+            self._ring()
         self._commands.go_on()
         self._state = "running"
 

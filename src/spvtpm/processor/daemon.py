@@ -45,6 +45,7 @@ from spvtpm.processor.migration.manager import Migration
 from spvtpm.processor.migration.peers import Peers
 from spvtpm.processor.migration.port import MigrationPort
 from spvtpm.processor.migration.realm import Realm
+from spvtpm.processor.migration.tokens import derive_abort_key
 from spvtpm.processor.nv_store import NvStore
 from spvtpm.processor.own_memory import protect_own_memory
 from spvtpm.processor.owner_commands import Estate
@@ -187,7 +188,8 @@ class SecureProcessor:
         channels = ChannelPort(runtime / "channel.sock", uids, keys, partial(OwnerSession, estate))
         cleanup.push_async_callback(channels.close)
         peers = Peers(self._store, commit, self._fuses.certificates)
-        realm = Realm(estate, users, admission, Departures(self._store), keys, peers)
+        abort_key = derive_abort_key(self._fuses.storage_root_key)
+        realm = Realm(estate, users, admission, Departures(self._store), keys, peers, abort_key)
         self._migration = Migration(realm)
         cleanup.push_async_callback(self._migration.close)
         ways = MigrationPort(runtime / "migration.sock", uids, self._migration, peers)

@@ -115,14 +115,15 @@ class Vtpm:
             await self._begin_boot(boot, start, [], offered=offered)
 
     async def offer(self) -> None:
-        """Lets its VM reach it, if `power_on` has not.
+        """Lets its VM reach it, if `power_on` has not; who waits long for that is parked meanwhile.
 
         Raises:
-            WrongState: it is not active.
+            WrongState: it is neither active nor parked.
             ResourceError: no socket can be had.
         """
         async with self._lock:
-            self._require(Residency.ACTIVE, "offer")
+            if self.residency is not Residency.PARKED:
+                self._require(Residency.ACTIVE, "offer")
             assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
             self.interface.listen()
 

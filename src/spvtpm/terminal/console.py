@@ -49,6 +49,8 @@ from spvtpm.wire.owner_certificates import build_owner_certificate
 _FOREVER_S: Final = 30.0 * 24 * 3600
 """A command may be silent; that the platform is still there, the WebSocket's pings tell."""
 
+_LOOK_S: Final = 0.5
+
 Write = Callable[[Literal["stdout", "stderr"], bytes], None]
 """Takes what the command writes."""
 
@@ -142,7 +144,10 @@ class _UnderWay:
 
     def watch(self, write: Write) -> int:
         while True:
-            heard = self._heard.get()
+            try:
+                heard = self._heard.get(timeout=_LOOK_S)
+            except queue.Empty:  # a Ctrl-C that came just before is noticed now
+                continue
             if isinstance(heard, Exception):
                 raise heard
             if isinstance(heard, ErrorReply):

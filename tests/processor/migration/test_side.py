@@ -10,7 +10,7 @@ import pytest
 
 from spvtpm.processor.migration.handoff import SOURCE, Act, Event, State
 from spvtpm.processor.migration.realm import Side
-from spvtpm.wire.errors import StorageError, WrongState
+from spvtpm.wire.errors import IntegrityError, NotFound, StorageError, WrongState
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A16")]
 
@@ -72,5 +72,18 @@ def test_what_could_not_be_stored_may_be_durable_so_the_vtpm_is_not_run_again() 
             await source.side.advance(Event.PREPARED)
         source.refusal = None
         await _tries_to_keep_it(source)
+
+    asyncio.run(act())
+
+
+def test_what_is_refused_before_anything_is_written_leaves_nothing_in_doubt() -> None:
+    async def act() -> None:
+        for refusal in (IntegrityError("the ledger is damaged"), NotFound("there is no vTPM")):
+            source = Source()
+            source.refusal = refusal
+            with pytest.raises(type(refusal)):
+                await source.side.advance(Event.PREPARED)
+            await source.side.advance(Event.CANCEL)
+            assert source.side.state is State.ABORTED
 
     asyncio.run(act())

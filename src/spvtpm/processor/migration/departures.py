@@ -1,4 +1,8 @@
-"""vTPMs that were given to another chip, until that one has told that it has them: their tokens can be asked for again."""
+"""vTPMs that were given to another chip, until that one has told that it has them: their tokens can be asked for again.
+
+Of a handoff that is over so, its id is left, in 256 buckets: its abort token is not told. A bucket that is full forgets the
+oldest; then it would be told, and nobody act on it: who has told that a vTPM runs there throws it away no more.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from spvtpm.wire.errors import IntegrityError, TooMany
 from spvtpm.wire.messages import Token
 
 MAX_DEPARTURES: Final = 4096
+MAX_BUCKET_IDS: Final = 1024
 _PREFIX: Final = "departed/"
+_FORGOTTEN_PREFIX: Final = "forgotten/"
 _Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
@@ -65,6 +71,32 @@ class Departures:
             raise IntegrityError(f"NV record {name} is damaged") from None
         return found if found.vm_id == vm_id else None
 
+    def is_forgotten(self, handoff: bytes) -> bool:
+        """Whether a handoff, 16 bytes, was one by which a vTPM has left, and its receipt has come.
+
+        Raises:
+            IntegrityError: the record is damaged.
+        """
+        return handoff in self._forgotten(handoff)
+
+    def forgetting(self, handoff: bytes) -> list[Change]:
+        """The NV changes that forget a departure. The caller holds the ledger's lock until they are durable.
+
+        Raises:
+            IntegrityError: the record is damaged.
+        """
+        kept = [*self._forgotten(handoff), handoff][-MAX_BUCKET_IDS:]
+        return [(_name(handoff), None), (_forgotten_name(handoff), msgspec.msgpack.encode(kept))]
+
+    def _forgotten(self, handoff: bytes) -> list[bytes]:
+        name = _forgotten_name(handoff)
+        if name not in self._store:
+            return []
+        try:
+            return msgspec.msgpack.decode(self._store.read(name), type=list[bytes])
+        except UNDECODABLE:
+            raise IntegrityError(f"NV record {name} is damaged") from None
+
     def check_room(self) -> None:
         """Whether another one can be kept.
 
@@ -77,10 +109,14 @@ class Departures:
             )
 
 
-def departure_change(handoff: bytes, departure: Departure | None) -> Change:
-    """The NV change that keeps a departure; None: forgets it."""
-    return _name(handoff), None if departure is None else msgspec.msgpack.encode(departure)
+def departure_change(handoff: bytes, departure: Departure) -> Change:
+    """The NV change that keeps a departure."""
+    return _name(handoff), msgspec.msgpack.encode(departure)
 
 
 def _name(handoff: bytes) -> str:
     return f"{_PREFIX}{handoff.hex()}"
+
+
+def _forgotten_name(handoff: bytes) -> str:
+    return f"{_FORGOTTEN_PREFIX}{handoff[0]:02x}"

@@ -16,6 +16,7 @@ from spvtpm.processor.migration.realm import Realm, Side
 from spvtpm.processor.migration.tokens import check_token, derive_token, sha256_of
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.relay_socket import RelaySocket
+from spvtpm.processor.residency import Residency
 from spvtpm.processor.security_block import Arrival, VmSecurityBlock, new_moves_key
 from spvtpm.processor.vm_table import block_change, block_removal
 from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
@@ -47,6 +48,7 @@ class Incoming:
         self._realm = realm
         self._vm_uid = vm_uid
         self._link: PeerLink | None = None
+        self._is_linking = False
         self._records: asyncio.Queue[list[bytes]] = asyncio.Queue(_BATCHES_HELD)  # an empty one: there are no more
         self._ledger = PageLedger()
         self._final = b""
@@ -81,8 +83,16 @@ class Incoming:
 
     @property
     def state(self) -> State:
-        """Where it is."""
+        """Where it is. What was durable is not any more if the VM's owner has destroyed it."""
+        if self._side.state in (State.PREPARED, State.LIVE):
+            durable = self._found(self.vm_id, self.handoff)
+            self._side.state = State.EMPTY if durable is State.EXPECTING else durable
         return self._side.state
+
+    @property
+    def is_linking(self) -> bool:
+        """Whether somebody is at the link, or about to make it."""
+        return self._is_linking
 
     @property
     def _lock(self) -> asyncio.Lock:
@@ -133,11 +143,16 @@ class Incoming:
             SpvtpmError: the other side is not who it has to be.
             TimeoutError, OSError: it is not there.
         """
-        if self._link is not None or self.state is not State.EXPECTING:
+        if self._is_linking or self._link is not None or self.state is not State.EXPECTING:
             raise WrongState("migration: this handoff has, or had, its link")
+        self._is_linking = True
+        try:
+            await self._serve_link(relay)
+        finally:
+            self._is_linking = False
+
+    async def _serve_link(self, relay: RelaySocket) -> None:
         link = await meet(relay, self.handoff, self._realm.keys, self._realm.peers, self._verify, is_source=False)
-        if self._link is not None:
-            raise WrongState("migration: this handoff has its link")
         self._link = link
         log.info("VM %s: linked with chip %s", self._side.vm_id, link.peer.hex())
         try:
@@ -266,7 +281,7 @@ class Incoming:
         if state is State.EMPTY:
             await self._discard(block, block.vtpm_id)
             return
-        live = self._going_live(block)
+        live = await self._going_live(block)
         changes: list[Change] = [block_change(live)]
         if self._live is not None:
             changes.append((hibernated_name(block.vtpm_id), None))
@@ -291,9 +306,12 @@ class Incoming:
             await estate.vtpms.forget(vtpm_id)
             raise
 
-    def _going_live(self, block: VmSecurityBlock) -> VmSecurityBlock:
-        """The block in the boot that its loaded vTPM serves; without one, hibernated."""
-        if self._live is None:
+    async def _going_live(self, block: VmSecurityBlock) -> VmSecurityBlock:
+        """The block in the boot that its loaded vTPM serves; without one, or if that has died, hibernated."""
+        vtpm = self._realm.vtpm_of(block)
+        if self._live is None or vtpm.residency not in (Residency.ACTIVE, Residency.PARKED):
+            self._live = None
+            await vtpm.abandon()
             return block.go_live(None, running=False)
         return self._live.with_ownership(block.ownership)  # its owner may have changed his secret meanwhile
 
@@ -307,7 +325,12 @@ class Incoming:
         block = self._realm.estate.table.get(self._side.vm_id)
         if self._live is None:
             return  # its hypervisor starts it
-        await self._realm.vtpm_of(block).offer()
+        try:
+            await self._realm.vtpm_of(block).offer()
+        except SpvtpmError as error:  # it is this chip's all the same; it died just now, and its VM has to boot
+            log.error("VM %s has come, and cannot go on: %s", block.vm_id, error)
+            self._realm.estate.table.fail(block.vm_id, str(error))
+            return
         self._realm.estate.secrets.offer(block, self._realm.users.of(block))
 
     async def _drop_vtpm(self) -> None:

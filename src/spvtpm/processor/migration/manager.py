@@ -11,12 +11,11 @@ import uuid
 from contextlib import suppress
 from typing import Final
 
-from spvtpm.processor.migration.departures import departure_change
 from spvtpm.processor.migration.handoff import SOURCE, Event, State, rule_for
 from spvtpm.processor.migration.incoming import Incoming
 from spvtpm.processor.migration.outgoing import Outgoing
 from spvtpm.processor.migration.realm import Realm
-from spvtpm.processor.migration.tokens import check_token, derive_token
+from spvtpm.processor.migration.tokens import check_token, derive_abort_token
 from spvtpm.wire.errors import NotFound, SpvtpmError, TooMany, WrongState
 from spvtpm.wire.messages import Handoff, HandoffToken, SendStopped
 
@@ -85,19 +84,20 @@ class Migration:
         return HandoffToken(handoff, departure.commit)
 
     async def send_cancel(self, vm_id: uuid.UUID, handoff: bytes) -> HandoffToken:
-        """The vTPM stays; tells so as often as it is asked.
+        """The vTPM stays; tells so as often as it is asked, also when it is not here any more for another reason.
 
         Raises:
-            NotFound: there is no such VM here.
             WrongState: it was given up.
         """
         if self._realm.departures.find(vm_id, handoff) is not None:
             rule_for(SOURCE, State.GONE, Event.ASK_ABORT)
+        if self._realm.departures.is_forgotten(handoff):
+            rule_for(SOURCE, State.FORGOTTEN, Event.ASK_ABORT)
         found = self._outgoing.get(handoff)
         if found is not None and found.vm_id == vm_id:
             return HandoffToken(handoff, await found.cancel())
         rule_for(SOURCE, State.ABORTED, Event.ASK_ABORT)
-        return HandoffToken(handoff, derive_token(self._realm.estate.table.get(vm_id).moves_key, handoff, "abort"))
+        return HandoffToken(handoff, derive_abort_token(self._realm.abort_key, handoff, vm_id))
 
     async def send_forget(self, vm_id: uuid.UUID, handoff: bytes, receipt: bytes) -> Handoff:
         """The other side has the vTPM; once more does nothing.
@@ -110,7 +110,8 @@ class Migration:
             if departure is not None:
                 check_token(receipt, departure.receipt_sha256, "receipt")
                 rule_for(SOURCE, State.GONE, Event.RECEIPT)
-                await self._realm.estate.guard.milestone([departure_change(handoff, None)])
+                async with self._realm.estate.ledger.lock:
+                    await self._realm.estate.guard.milestone(self._realm.departures.forgetting(handoff))
         return Handoff(handoff)
 
     # The destination
@@ -139,7 +140,9 @@ class Migration:
         """One that is under way, or what is durable of one that was."""
         found = self._incoming.get(handoff)
         if found is not None and found.vm_id == vm_id:
-            return found
+            if found.state is not State.EMPTY:
+                return found
+            del self._incoming[handoff]
         durable = Incoming(self._realm, vm_id, handoff, None)
         if durable.state is State.EXPECTING:
             raise NotFound(f"nothing of VM {vm_id} has come in a handoff {handoff.hex()}")
@@ -151,8 +154,9 @@ class Migration:
         Raises:
             NotFound: nothing of it has come.
         """
-        receipt = await self._coming(vm_id, handoff).finish(token)
-        self.link_ended(handoff)
+        coming = self._coming(vm_id, handoff)
+        receipt = await coming.finish(token)
+        self.link_ended(coming)
         return HandoffToken(handoff, receipt)
 
     async def receive_cancel(self, vm_id: uuid.UUID, handoff: bytes, token: bytes | None) -> Handoff:
@@ -172,17 +176,16 @@ class Migration:
         """One that is under way to here."""
         return self._incoming.get(handoff)
 
-    def link_ended(self, handoff: bytes) -> None:
-        """Nothing more comes by it. One that is prepared waits for its token, loaded."""
-        found = self._incoming.get(handoff)
-        if found is not None and found.state is not State.PREPARED:
-            del self._incoming[handoff]
+    def link_ended(self, coming: Incoming) -> None:
+        """A connection for it has ended; perhaps not the one that is its link. What is prepared waits for its token, loaded."""
+        is_there = self._incoming.get(coming.handoff) is coming
+        if is_there and not coming.is_linking and coming.state is not State.PREPARED:
+            del self._incoming[coming.handoff]
 
     async def close(self) -> None:
         """What was not given up stays, and can be shut down in order."""
-        for handoff, found in list(self._outgoing.items()):
+        for found in list(self._outgoing.values()):
             try:
                 await found.cancel()
             except SpvtpmError as error:
                 log.warning("VM %s: its migration cannot be ended: %s", found.vm_id, error)
-            self._outgoing.pop(handoff, None)

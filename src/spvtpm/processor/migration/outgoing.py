@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Literal
 
 from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.ledger import Entry
@@ -16,7 +16,7 @@ from spvtpm.processor.migration.departures import Departure, departure_change
 from spvtpm.processor.migration.handoff import SOURCE, Act, Event, State
 from spvtpm.processor.migration.link import PeerLink, meet
 from spvtpm.processor.migration.realm import Realm, Side
-from spvtpm.processor.migration.tokens import derive_token, sha256_of
+from spvtpm.processor.migration.tokens import derive_abort_token, derive_token, sha256_of
 from spvtpm.processor.relay_socket import RelaySocket
 from spvtpm.processor.security_block import VmSecurityBlock
 from spvtpm.processor.vm_table import block_removal
@@ -89,12 +89,18 @@ class Outgoing:
         """Where it is."""
         return self._side.state
 
-    def token(self, name: str) -> bytes:
+    def token(self, name: Literal["commit", "abort"]) -> bytes:
         """Its commit or abort token, once that may be told."""
         right = {State.GONE: "commit", State.ABORTED: "abort"}.get(self.state)
         if right != name:
             raise WrongState(f"migration: the {name} token of this handoff is not to be told")
-        return derive_token(self._block.moves_key, self.handoff, "commit" if name == "commit" else "abort")
+        return self._commit_token() if name == "commit" else self._abort_token()
+
+    def _commit_token(self) -> bytes:
+        return derive_token(self._block.moves_key, self.handoff, "commit")
+
+    def _abort_token(self) -> bytes:
+        return derive_abort_token(self._realm.abort_key, self.handoff, self.vm_id)
 
     # What the hypervisor commands
 
@@ -144,6 +150,7 @@ class Outgoing:
                 raise ResourceError(f"migration: {what} after {_PATIENCE_S:g} s") from None
         async with self._lock:
             if self.state is not State.GONE:
+                self._check_prepared()
                 self._check_block()
                 await self._side.advance(Event.PREPARED)
             return self.token("commit")
@@ -159,6 +166,15 @@ class Outgoing:
                 await self._side.advance(Event.CANCEL)
             self._over(self)
             return self.token("abort")
+
+    def _check_prepared(self) -> None:
+        """Whether it was waited for: it may have been stopped only just now, and asked for before that."""
+        if self.state is not State.STOPPED:
+            raise WrongState(f"migration: a handoff that is {self.state.name.lower()} cannot be finished")
+        for future in (self._has_memory, self._prepared):
+            if not future.done():
+                raise WrongState("migration: the other secure processor has not all yet; ask again")
+            future.result()
 
     def _check_block(self) -> None:
         """Whether what was sent is what is here: its owner may have changed his secret, or destroyed it."""
@@ -267,7 +283,7 @@ class Outgoing:
 
     async def _send_state(self) -> None:
         assert self._link is not None and self._block.vtpm_id is not None  # noqa: S101  # or it could not stop
-        store, key = self._realm.estate.store, self._block.moves_key
+        store = self._realm.estate.store
         await self._link.send(
             Vtpm(
                 handoff=self.handoff,
@@ -277,8 +293,8 @@ class Outgoing:
                 volatile=self._volatile,
                 endorsement=read_endorsement(store, self._block.vtpm_id),
                 stop_nonce=self.stop_nonce,
-                commit_sha256=sha256_of(derive_token(key, self.handoff, "commit")),
-                abort_sha256=sha256_of(derive_token(key, self.handoff, "abort")),
+                commit_sha256=sha256_of(self._commit_token()),
+                abort_sha256=sha256_of(self._abort_token()),
             )
         )
 
@@ -288,7 +304,7 @@ class Outgoing:
         departure = Departure(
             vm_id=block.vm_id,
             chip=self._link.peer,
-            commit=derive_token(block.moves_key, self.handoff, "commit"),
+            commit=self._commit_token(),
             receipt_sha256=self._prepared.result(),
         )
         entry = Entry(block.ownership.owner, "migrated", block.version, block.version + 1, None, self._link.peer)

@@ -64,7 +64,7 @@ class MigrationPort:
                 await side.serve_link(relay)
             finally:
                 if coming is not None:
-                    self._migration.link_ended(opening.handoff)
+                    self._migration.link_ended(coming)
         elif isinstance(opening, MemoryIn):
             if leaving is None:
                 raise NotFound(f"no VM leaves in a handoff {opening.handoff.hex()}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spvtpm.processor.admission import Admission
 from spvtpm.processor.channel_identity import ChannelKeys
@@ -16,7 +16,7 @@ from spvtpm.processor.security_block import VmSecurityBlock
 from spvtpm.processor.users import Users
 from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_services import Boot
-from spvtpm.wire.errors import WrongState
+from spvtpm.wire.errors import IntegrityError, PolicyError, WrongState
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Realm:
         departures: vTPMs that have left.
         keys: who this secure processor is.
         peers: which others are genuine.
+        abort_key: from which abort tokens are derived, 32 bytes.
     """
 
     estate: Estate
@@ -38,6 +39,7 @@ class Realm:
     departures: Departures
     keys: ChannelKeys
     peers: Peers
+    abort_key: bytes = field(repr=False)
 
     def vtpm_of(self, block: VmSecurityBlock) -> Vtpm:
         """A VM's vTPM.
@@ -102,8 +104,12 @@ class Side:
         for act in rule.before:
             await self._acts[act]()
         if rule.is_durable:
-            self._in_doubt = event
-            await self._store(rule.to)
+            was_in_doubt, self._in_doubt = self._in_doubt, event
+            try:
+                await self._store(rule.to)
+            except (PolicyError, IntegrityError):  # before anything was written
+                self._in_doubt = was_in_doubt
+                raise
             self._in_doubt = None
         self.state = rule.to
         for act in rule.then:
