@@ -46,7 +46,7 @@ async def _tries_to_keep_it(source: Source) -> None:
             await source.side.advance(event)
     assert (source.done, source.side.state) == ([], State.STOPPED)
     await source.side.advance(Event.PREPARED)
-    assert (source.done[-1], source.side.state) == (Act.TELL_COMMIT, State.GONE)
+    assert (source.done[0], source.side.state) == (Act.TELL_COMMIT, State.GONE)
 
 
 def test_what_was_not_waited_for_may_be_durable_so_the_vtpm_is_not_run_again() -> None:
