@@ -45,6 +45,13 @@ def test_messages_arrive_whole_and_in_order_either_way() -> None:
         assert pass_on(sender, receiver) == [b"first", b"second" * 16]
 
 
+def test_messages_sent_together_arrive_one_by_one() -> None:
+    ours, theirs = open_channel()
+    messages = [bytes([number]) * 100 for number in range(250)]  # in several TLS records
+    ours.send(*messages)
+    assert pass_on(ours, theirs) == messages
+
+
 @pytest.mark.parametrize("in_one_frame", [True, False])
 def test_last_words_are_heard_though_the_channel_is_closed_behind_them(in_one_frame: bool) -> None:
     ours, theirs = open_channel()

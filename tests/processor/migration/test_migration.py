@@ -9,11 +9,13 @@ import pytest
 
 from spvtpm.wire import messages
 from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState, WrongToken
+from spvtpm.wire.framing import encode_frames
 from spvtpm.wire.memory_records import NewestRecords
 from spvtpm.wire.memory_stream import open_stream
+from spvtpm.wire.migration import MemoryIn, parse_peer_message
 from tests.harness import RunningSp
 from tests.processor.migration.pasts import furnished, is_nowhere, runs, seen_of
-from tests.processor.migration.two_chips import TwoChips
+from tests.processor.migration.two_chips import Frames, TwoChips, connect
 
 pytestmark = pytest.mark.claim("C8")
 
@@ -65,6 +67,21 @@ def test_until_it_is_stopped_it_runs_and_when_it_is_cancelled_it_goes_on(chips: 
     handoff.discard(token)
     assert is_nowhere(chips.b, vm_id)
     handoff.close()
+
+
+def test_memory_behind_its_end_is_refused_and_the_vtpm_stays(chips: TwoChips) -> None:
+    vm_id, seen = furnished(chips.a)
+    handoff = chips.begin(vm_id)
+    handoff.send_memory(b"some")
+    final = handoff.memory.final(handoff.stop(), len(b"some"))
+    with connect(chips.a, MemoryIn(handoff.id)) as driver:
+        driver.sendall(encode_frames([final, *handoff.memory.pages(b"more")]))
+        refusal = Frames(driver).receive()
+    assert refusal is not None
+    assert isinstance(parse_peer_message(refusal), messages.ErrorReply)
+    handoff.discard(handoff.cancel())
+    handoff.close()
+    runs(chips.a, vm_id, seen)
 
 
 @pytest.mark.attack("A18")
