@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.migration.manager import MAX_HANDOFFS
+from spvtpm.processor.migration.peers import Peers
+from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.wire import messages
 from spvtpm.wire.errors import ChannelError, NotFound, SpvtpmError, StaleInstance, WrongState, WrongToken
 from spvtpm.wire.framing import encode_frame
@@ -22,6 +25,7 @@ from spvtpm.wire.memory_records import PAGE_BYTES
 from spvtpm.wire.migration import Link, MemoryIn, MemoryOut
 from spvtpm.wire.owner_messages import PIECE_BYTES, DestroyVm, Done, ImportVtpm, Piece
 from tests.harness import RunningSp
+from tests.papers import todays_papers
 from tests.processor.migration.pasts import furnished, is_nowhere, runs
 from tests.processor.migration.two_chips import (
     PATIENCE_S,
@@ -34,6 +38,7 @@ from tests.processor.migration.two_chips import (
     ask,
     connect,
     honest,
+    list_of,
 )
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
@@ -317,3 +322,25 @@ def test_an_import_beside_the_arrival_of_the_same_vtpm_makes_no_second_one(chips
             handoff.receive(handoff.finish())
         assert len([vm for vm in chips.b.vms() if vm.vm_id in (vm_id, other)]) == 1
         handoff.close()
+
+
+@pytest.mark.attack("A17")
+def test_of_two_lists_of_revoked_chips_that_come_together_the_newer_one_is_kept(tmp_path: Path) -> None:
+    vendor, key = todays_papers(), bytes(32)
+    older, newer = (list_of(vendor, (), number).encode() for number in (5, 6))
+
+    async def act() -> bytes:
+        NvStore.create(tmp_path / "nv.db", key)
+        store = NvStore(tmp_path / "nv.db", key)
+
+        async def commit(changes: Sequence[Change]) -> None:
+            for _turn in range(3 if changes[0][1] == older else 1):  # a disk takes its time
+                await asyncio.sleep(0)
+            store.commit(changes).result()
+
+        peers = Peers(store, commit, vendor.made.certificates)
+        await asyncio.gather(peers.learn(newer), peers.learn(older))
+        store.close()
+        return peers.revoked
+
+    assert asyncio.run(act()) == newer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from datetime import UTC, datetime
 
@@ -46,6 +47,7 @@ class Peers:
         self._issuer = parse_certificate(intermediate, INTERMEDIATE)
         self._root: x509.Certificate = parse_certificate(root, ROOT)
         self._fleet = parse_chain(certificates).chip.fleet_id
+        self._learning = asyncio.Lock()
         self._newest: RevocationList | None = None
         if _RECORD in store:
             self._newest = parse_revocation_list(store.read(_RECORD))
@@ -57,16 +59,17 @@ class Peers:
 
     async def learn(self, der: bytes) -> None:
         """Takes a list that somebody has brought; one that cannot be believed, or is older than the known one, is left."""
-        if not der or der == self.revoked:
-            return
-        try:
-            found = parse_revocation_list(der)
-            found.verify(self._own, self._issuer, datetime.now(UTC), self._least)
-        except SpvtpmError as error:
-            log.warning("a list of revoked chips is of no use here: %s", error)
-            return
-        await self._commit([(_RECORD, der)])
-        self._newest = found
+        async with self._learning:  # or an older one, judged while a newer is being written, would come after it
+            if not der or der == self.revoked:
+                return
+            try:
+                found = parse_revocation_list(der)
+                found.verify(self._own, self._issuer, datetime.now(UTC), self._least)
+            except SpvtpmError as error:
+                log.warning("a list of revoked chips is of no use here: %s", error)
+                return
+            await self._commit([(_RECORD, der)])
+            self._newest = found
 
     @property
     def _least(self) -> int:
