@@ -214,7 +214,11 @@ def test_the_newest_events_are_kept() -> None:
 
 # What is shown
 
-SECRETS = {"UserSecret": b"u-secret-" * 3 + b"-----", "VM key": b"k-secret-" * 3 + b"-----"}
+SECRETS = {
+    "UserSecret": b"u-secret-" * 3 + b"-----",
+    "VM key": b"k-secret-" * 3 + b"-----",
+    "moves key": b"m-secret-" * 3 + b"-----",
+}
 
 
 def telling_block() -> VmSecurityBlock:
@@ -226,7 +230,7 @@ def telling_block() -> VmSecurityBlock:
         label="",
         inject_key=False,
     )
-    return VmSecurityBlock.provision(VM, ownership).launch()
+    return msgspec.structs.replace(VmSecurityBlock.provision(VM, ownership), moves_key=SECRETS["moves key"]).launch()
 
 
 def rich_output(value: object) -> str:

@@ -129,7 +129,7 @@ class _Moving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VmSecurityBlock(msgspec.Struct, frozen=True):
-    """One VM's block.
+    """One VM's block. Its `repr` shows no secret.
 
     Attributes:
         vm_id: the VM.
@@ -156,6 +156,12 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     vm_uid: int | None = None
     moves_key: bytes = msgspec.field(default_factory=new_moves_key)
     arrival: Arrival | None = None
+
+    def __repr__(self) -> str:
+        return f"VmSecurityBlock(vm_id={self.vm_id}, state={self.state.value}, ownership={self.ownership})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("vm_id", self.vm_id), ("state", self.state.value), ("ownership", self.ownership)]
 
     @classmethod
     def provision(cls, vm_id: uuid.UUID, ownership: Ownership) -> Self:
