@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.pretty import pprint
 
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.security_block import Arrival, Ownership, VmSecurityBlock, VmState
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, SpvtpmError, WrongState
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.mailbox import derive_boot_key
@@ -30,7 +30,12 @@ OWNERSHIP = Ownership(
     owner=b"o" * 32, user_secret=b"u" * 32, vm_key=b"k" * 32, policy=ANYTHING, label="mail server", inject_key=True
 )
 
+ARRIVAL = Arrival(
+    handoff=bytes(16), source=bytes(16), commit_sha256=bytes(32), abort_sha256=bytes(32), receipt=bytes(32)
+)
+
 RUNNING, STOPPED, FAILED, HIBERNATED = VmState.RUNNING, VmState.STOPPED, VmState.FAILED, VmState.HIBERNATED
+LEAVING, ARRIVING = VmState.LEAVING, VmState.ARRIVING
 
 COMMANDS: dict[str, Callable[[VmSecurityBlock], VmSecurityBlock]] = {
     "launch": VmSecurityBlock.launch,
@@ -41,6 +46,9 @@ COMMANDS: dict[str, Callable[[VmSecurityBlock], VmSecurityBlock]] = {
     "bind": lambda block: block.bind(OTHER_VTPM),
     "export": VmSecurityBlock.begin_export,
     "rotate": lambda block: block.rotate(b"n" * 32),
+    "leave": VmSecurityBlock.leave,
+    "stay": VmSecurityBlock.stay,
+    "go live": lambda block: block.go_live(None, running=False),
 }
 
 Life = tuple[VmState, bool, bool]
@@ -52,6 +60,8 @@ LIVES: list[Life] = [
     (HIBERNATED, True, False),  # imported
     *product((RUNNING, STOPPED, FAILED), (False, True), (True,)),
     (HIBERNATED, True, True),
+    (LEAVING, True, True),
+    (ARRIVING, True, True),
 ]
 
 ALLOWED: dict[Life, dict[str, VmState]] = {
@@ -60,12 +70,14 @@ ALLOWED: dict[Life, dict[str, VmState]] = {
     (STOPPED, True, False): {"launch": RUNNING, "export": STOPPED},
     (HIBERNATED, True, False): {"launch": RUNNING, "export": HIBERNATED},
     (RUNNING, False, True): {"stop": STOPPED, "fail": FAILED, "bind": RUNNING},
-    (RUNNING, True, True): {"stop": STOPPED, "fail": FAILED, "hibernate": HIBERNATED},
+    (RUNNING, True, True): {"stop": STOPPED, "fail": FAILED, "hibernate": HIBERNATED, "leave": LEAVING},
     (STOPPED, False, True): {"start": RUNNING},
     (STOPPED, True, True): {"start": RUNNING, "export": STOPPED},
     (FAILED, False, True): {"stop": STOPPED},
     (FAILED, True, True): {"stop": STOPPED},
     (HIBERNATED, True, True): {"start": RUNNING, "export": HIBERNATED},
+    (LEAVING, True, True): {"stay": RUNNING},
+    (ARRIVING, True, True): {"go live": HIBERNATED},
 }
 
 
@@ -95,6 +107,8 @@ def block_in(life: Life) -> VmSecurityBlock:
         STOPPED: block.stop,
         FAILED: lambda: block.fail("its worker died"),
         HIBERNATED: block.hibernate,
+        LEAVING: block.leave,
+        ARRIVING: lambda: VmSecurityBlock.arrive(VM, block.moving_part(bytes(16)), ARRIVAL, bytes(32)),
     }
     return to[state]()
 
@@ -121,7 +135,7 @@ def test_each_command_does_in_each_state_what_the_table_says(life: Life, command
     if isinstance(wanted, VmState):
         after = COMMANDS[command](block)
         assert after.state is wanted
-        assert len(after.events) == len(block.events) + (command != "bind"), "the owner can read of it"
+        assert len(after.events) == len(block.events) + (command not in ("bind", "leave")), "the owner can read of it"
     else:
         with pytest.raises(wanted, match=str(VM)):
             COMMANDS[command](block)
@@ -307,10 +321,11 @@ blocks = st.builds(
 @given(blocks)
 def test_what_was_stored_comes_back_whole_and_at_rest(block: VmSecurityBlock) -> None:
     loaded = VmSecurityBlock.from_record(block.vm_id, block.to_record())
-    at_rest = HIBERNATED if block.state is HIBERNATED else STOPPED
+    at_rest = block.state if block.state in (HIBERNATED, ARRIVING) else STOPPED
     assert loaded == msgspec.structs.replace(block, state=at_rest, boot_id=None)
     assert {*msgspec.structs.asdict(loaded)} == {
-        *("vm_id", "ownership", "state", "boot_id", "boots", "vtpm_id", "version", "events", "vm_uid")
+        *("vm_id", "ownership", "state", "boot_id", "boots", "vtpm_id", "version", "events", "vm_uid"),
+        *("moves_key", "arrival"),
     }, "a new field needs a decision whether it outlives the process"
 
 
@@ -357,8 +372,8 @@ def stored_fields() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
-        {"format": 4},
+        {"format": 3},
+        {"format": 5},
         {"boots": -1},
         {"boots": 1 << 63},
         {"boots": "1"},
