@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 
 from tests.harness import RunningSp
 from tests.postgres import PROGRAMS, Database, PostgresServer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Whoever has begun the tests in the background of a shell ignores Ctrl-C, and what they start would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
