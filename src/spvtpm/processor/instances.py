@@ -202,8 +202,7 @@ class Import:
 
     def _check_age(self, header: InstanceHeader) -> None:
         vtpm_id, estate = header.vtpm_id, self._estate
-        if record_name(vtpm_id) in estate.store or estate.vtpms.has(vtpm_id):
-            raise StaleInstance(f"vTPM {vtpm_id} lives in this secure processor already")
+        estate.check_absent(vtpm_id)
         entry = estate.ledger.find(vtpm_id)
         least = max(self._newest, 0 if entry is None else entry.least)
         if header.version < least:

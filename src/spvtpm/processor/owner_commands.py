@@ -22,7 +22,7 @@ from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.processor.vm_table import VmTable, block_change, block_removal
 from spvtpm.processor.vtpm_manager import VtpmManager
 from spvtpm.processor.vtpm_records import record_name
-from spvtpm.wire.errors import IntegrityError, NotFound
+from spvtpm.wire.errors import IntegrityError, NotFound, StaleInstance
 from spvtpm.wire.messages import Endorsement
 from spvtpm.wire.owner_messages import (
     PAGE_MY_VMS,
@@ -71,6 +71,15 @@ class Estate:
         if block.ownership.owner != owner:
             raise NotFound(f"there is no VM {vm_id}")
         return block
+
+    def check_absent(self, vtpm_id: uuid.UUID) -> None:
+        """Whether a vTPM that shall come is not here already.
+
+        Raises:
+            StaleInstance: it is.
+        """
+        if record_name(vtpm_id) in self.store or self.vtpms.has(vtpm_id):
+            raise StaleInstance(f"vTPM {vtpm_id} lives in this secure processor already")
 
     def view(self, block: VmSecurityBlock) -> MyVm:
         """One VM as its owner sees it."""

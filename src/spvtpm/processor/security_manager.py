@@ -21,10 +21,9 @@ from spvtpm.processor.rollback_guard import RollbackGuard
 from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.users import Users
 from spvtpm.processor.vm_table import VmTable, block_change
-from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.processor.vtpm_records import RECORD_PREFIXES, hibernated_name, record_names
-from spvtpm.processor.vtpm_services import Boot, Commit
+from spvtpm.processor.vtpm_services import Commit
 from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
 from spvtpm.wire.messages import PAGE_VMS, Endorsement, VmInfo, VmList, VtpmInfo
 
@@ -79,11 +78,6 @@ class SecurityManager:
         if orphans and not self._table.damaged():
             log.warning("removing %d vTPM records that belong to no VM", len(orphans))
             await self._commit([(name, None) for name in orphans])
-
-    def _vtpm(self, block: VmSecurityBlock) -> Vtpm:
-        if block.vtpm_id is None:
-            raise WrongState(f"VM {block.vm_id} has no vTPM")
-        return self._vtpms.get(block.vtpm_id)
 
     async def launch(self, vm_id: uuid.UUID, *, with_vtpm: bool, vm_uid: int | None) -> VmInfo:
         """Begins a provisioned VM's first boot; a vTPM that its owner wants new is made, and becomes durable with the block.
@@ -144,7 +138,7 @@ class SecurityManager:
             return Binding(block_change(block.bind(vtpm_id)), block_change(before))
 
         banks = block.ownership.policy.pcr_banks
-        vtpm = await self._vtpms.create(block.vm_id, self._boot_of(block), bind, banks)
+        vtpm = await self._vtpms.create(block.vm_id, self._users.boot_of(block), bind, banks)
         self._table.put(block.bind(vtpm.vtpm_id))
 
     async def start(self, vm_id: uuid.UUID, vm_uid: int | None) -> VmInfo:
@@ -176,7 +170,7 @@ class SecurityManager:
         saving = asyncio.ensure_future(self._commit([block_change(started)]))  # the disk works meanwhile
         try:
             if started.vtpm_id is not None:
-                await self._vtpms.get(started.vtpm_id).power_on(self._boot_of(started))
+                await self._vtpms.get(started.vtpm_id).power_on(self._users.boot_of(started))
             await saving
         except SpvtpmError:
             (unsaved,) = await asyncio.gather(saving, return_exceptions=True)
@@ -188,13 +182,13 @@ class SecurityManager:
 
     async def _resume(self, block: VmSecurityBlock, resumed: VmSecurityBlock) -> None:
         """The hibernated state is taken out of NV for good before the guest can act on it: it is good for one resumption."""
-        vtpm = self._vtpm(block)
+        vtpm = self._vtpms.of(block)
         name = hibernated_name(vtpm.vtpm_id)
         volatile = self._store.read(name)
         await self._guard.milestone([(name, None), block_change(resumed)])
         self._table.put(resumed)
         try:
-            await vtpm.power_on(self._boot_of(resumed), volatile)
+            await vtpm.power_on(self._users.boot_of(resumed), volatile)
         except SpvtpmError:
             await vtpm.abandon()
             await self._guard.milestone([(name, volatile), block_change(block)])
@@ -249,7 +243,7 @@ class SecurityManager:
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
             hibernated = block.hibernate()
-            vtpm = self._vtpm(block)
+            vtpm = self._vtpms.of(block)
 
             async def save(volatile: bytes) -> None:
                 await self._guard.milestone([(hibernated_name(vtpm.vtpm_id), volatile), block_change(hibernated)])
@@ -267,7 +261,7 @@ class SecurityManager:
             WorkerError: it died; the VM has failed.
         """
         async with self._table.lock(vm_id):
-            if not await self._vtpm(self._table.get(vm_id)).park():
+            if not await self._vtpms.of(self._table.get(vm_id)).park():
                 raise WrongState(f"the vTPM of VM {vm_id} has an NV change that is not durable yet")
             return self.info(vm_id)
 
@@ -279,7 +273,7 @@ class SecurityManager:
             WorkerError: it died; the VM has failed.
         """
         async with self._table.lock(vm_id):
-            await self._vtpm(self._table.get(vm_id)).wake()
+            await self._vtpms.of(self._table.get(vm_id)).wake()
             return self.info(vm_id)
 
     def info(self, vm_id: uuid.UUID) -> VmInfo:
@@ -308,7 +302,7 @@ class SecurityManager:
             NotFound, WrongState: there is none.
             IntegrityError: the record is missing or altered.
         """
-        return self._vtpms.endorsement(self._vtpm(self._table.get(vm_id)).vtpm_id)
+        return self._vtpms.endorsement(self._vtpms.of(self._table.get(vm_id)).vtpm_id)
 
     def list(self, after: uuid.UUID | None) -> VmList:
         """A page of VMs, ordered by id: those after `after`."""
@@ -316,10 +310,6 @@ class SecurityManager:
         following = sorted(vm_id for vm_id in everyone if after is None or vm_id > after)
         page = [self.info(vm_id) for vm_id in following[:PAGE_VMS]]
         return VmList(page, more=len(following) > len(page))
-
-    def _boot_of(self, block: VmSecurityBlock) -> Boot:
-        assert block.boot_id is not None  # noqa: S101  # a running block has one
-        return Boot(block.boot_id, block.boot_key(), self._users.of(block))
 
     def residents(self) -> tuple[int, int, int]:
         """How many VMs there are, and how many active and parked vTPMs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spvtpm.processor.security_block import VmSecurityBlock
+from spvtpm.processor.vtpm_services import Boot
 from spvtpm.wire.errors import PermissionRefused
 
 
@@ -32,6 +33,11 @@ class Users:
     def of(self, block: VmSecurityBlock) -> frozenset[int]:
         """Whose processes may have the interface and the launch secret of the boot under way."""
         return self.commanding if block.vm_uid is None else frozenset([block.vm_uid])
+
+    def boot_of(self, block: VmSecurityBlock) -> Boot:
+        """The boot under way, for the VM's vTPM."""
+        assert block.boot_id is not None  # noqa: S101  # a running block has one
+        return Boot(block.boot_id, block.boot_key(), self.of(block))
 
     @property
     def others_come(self) -> bool:

@@ -14,10 +14,11 @@ from functools import partial
 from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.residency import Residency
+from spvtpm.processor.security_block import VmSecurityBlock
 from spvtpm.processor.vtpm import Vtpm
 from spvtpm.processor.vtpm_records import record_names
 from spvtpm.processor.vtpm_services import Boot, Commit, VtpmServices
-from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError
+from spvtpm.wire.errors import NotFound, SpvtpmError, StorageError, WrongState
 from spvtpm.wire.messages import Endorsement
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,16 @@ class VtpmManager:
             return self._vtpms[vtpm_id]
         except KeyError:
             raise NotFound(f"there is no vTPM {vtpm_id}") from None
+
+    def of(self, block: VmSecurityBlock) -> Vtpm:
+        """The vTPM that a VM's security block names.
+
+        Raises:
+            WrongState: it names none.
+        """
+        if block.vtpm_id is None:
+            raise WrongState(f"VM {block.vm_id} has no vTPM")
+        return self.get(block.vtpm_id)
 
     def has(self, vtpm_id: uuid.UUID) -> bool:
         """Whether the vTPM is here, or coming."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -16,12 +16,6 @@ from tests.processor.migration.pasts import furnished, is_nowhere, nv_of
 from tests.processor.migration.two_chips import Cut, Handoff, Hook, Side, TwoChips, honest
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
-
-
-@pytest.fixture(scope="module")
-def chips() -> Iterator[TwoChips]:
-    with TwoChips() as it:
-        yield it
 
 
 def settle(handoff: Handoff) -> bool:

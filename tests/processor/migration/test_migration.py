@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,12 +17,6 @@ from tests.processor.migration.pasts import furnished, is_nowhere, runs, seen_of
 from tests.processor.migration.two_chips import Frames, TwoChips, connect
 
 pytestmark = pytest.mark.claim("C8")
-
-
-@pytest.fixture(scope="module")
-def chips() -> Iterator[TwoChips]:
-    with TwoChips() as it:
-        yield it
 
 
 def test_a_vtpm_moves_with_all_that_it_has_and_back_again(chips: TwoChips) -> None:

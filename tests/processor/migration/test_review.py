@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,12 +42,6 @@ from tests.processor.migration.two_chips import (
 )
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A18")]
-
-
-@pytest.fixture(scope="module")
-def chips() -> Iterator[TwoChips]:
-    with TwoChips() as it:
-        yield it
 
 
 def until(happened: Callable[[], bool]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from spvtpm.processor.migration.handoff import SOURCE, Act, Event, State
-from spvtpm.processor.migration.realm import Side
+from spvtpm.processor.migration.side import Side
 from spvtpm.wire.errors import IntegrityError, NotFound, StorageError, WrongState
 
 pytestmark = [pytest.mark.claim("B9"), pytest.mark.attack("A16")]

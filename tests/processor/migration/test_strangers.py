@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -31,12 +30,6 @@ from tests.processor.migration.pasts import furnish, furnished, is_nowhere, runs
 from tests.processor.migration.two_chips import TwoChips, ask, list_of
 
 pytestmark = [pytest.mark.claim("C8"), pytest.mark.attack("A17")]
-
-
-@pytest.fixture(scope="module")
-def chips() -> Iterator[TwoChips]:
-    with TwoChips() as it:
-        yield it
 
 
 def refused(chips: TwoChips, vm_id: uuid.UUID, kind: type[SpvtpmError], revoked: bytes | None = None) -> None:

@@ -12,7 +12,8 @@ from typing import Final
 from spvtpm.processor.ledger import Entry
 from spvtpm.processor.migration.handoff import DESTINATION, Act, Event, State
 from spvtpm.processor.migration.link import PeerLink, meet
-from spvtpm.processor.migration.realm import Realm, Side
+from spvtpm.processor.migration.realm import Realm
+from spvtpm.processor.migration.side import Side
 from spvtpm.processor.migration.tokens import check_token, derive_token, sha256_of
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.relay_socket import RelaySocket
@@ -270,7 +271,9 @@ class Incoming:
             self._check_age(vtpm_id, block.version)
             loaded = estate.vtpms.load(vtpm_id, block.vm_id)
         try:
-            await loaded.power_on(self._realm.boot_of(live), vtpm.volatile, permanent=vtpm.permanent, offered=False)
+            await loaded.power_on(
+                self._realm.users.boot_of(live), vtpm.volatile, permanent=vtpm.permanent, offered=False
+            )
         except BaseException:
             await estate.vtpms.forget(vtpm_id)
             raise
@@ -278,8 +281,7 @@ class Incoming:
 
     def _check_age(self, vtpm_id: uuid.UUID, version: int) -> None:
         estate = self._realm.estate
-        if record_name(vtpm_id) in estate.store or estate.vtpms.has(vtpm_id):
-            raise StaleInstance(f"vTPM {vtpm_id} lives in this secure processor already")
+        estate.check_absent(vtpm_id)
         entry: Entry | None = estate.ledger.find(vtpm_id)
         if entry is not None and version < (entry.version if entry.how == "migrated" else entry.least):
             raise StaleInstance(f"vTPM {vtpm_id} has left this secure processor in a newer version than {version}")
@@ -322,7 +324,7 @@ class Incoming:
 
     async def _going_live(self, block: VmSecurityBlock) -> VmSecurityBlock:
         """The block in the boot that its loaded vTPM serves; without one, or if that has died, hibernated."""
-        vtpm = self._realm.vtpm_of(block)
+        vtpm = self._realm.estate.vtpms.of(block)
         if self._live is None or vtpm.residency not in (Residency.ACTIVE, Residency.PARKED):
             self._live = None
             await vtpm.abandon()
@@ -340,7 +342,7 @@ class Incoming:
         if self._live is None:
             return  # its hypervisor starts it
         try:
-            await self._realm.vtpm_of(block).offer()
+            await self._realm.estate.vtpms.of(block).offer()
         except SpvtpmError as error:  # it is this chip's all the same; it died just now, and its VM has to boot
             log.error("VM %s has come, and cannot go on: %s", block.vm_id, error)
             self._realm.estate.table.fail(block.vm_id, str(error))

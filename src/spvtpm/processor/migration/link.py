@@ -146,9 +146,7 @@ async def _meet(
 ) -> PeerLink:
     identity = keys.current()
     await relay.send(encode_migration(Meet(handoff, _four(identity.chain), peers.revoked)))
-    said = parse_meeting(await relay.receive())
-    if isinstance(said, ErrorReply):
-        raise error_from_code(said.code, f"the other secure processor refuses: {printable(said.message)}")
+    said = _unless_refused(parse_meeting(await relay.receive()))
     if said.handoff != handoff:
         raise MessageError("the other secure processor is there for another handoff")
     await peers.learn(said.revoked)
@@ -174,9 +172,14 @@ def _heard(frame: bytes) -> bytes:
         said = parse_meeting(frame)
     except MessageError:
         return frame
+    _unless_refused(said)
+    raise MessageError("the other secure processor says twice who it is")
+
+
+def _unless_refused(said: Meet | ErrorReply) -> Meet:
     if isinstance(said, ErrorReply):
         raise error_from_code(said.code, f"the other secure processor refuses: {printable(said.message)}")
-    raise MessageError("the other secure processor says twice who it is")
+    return said
 
 
 def _four(chain: tuple[bytes, ...]) -> tuple[bytes, bytes, bytes, bytes]:

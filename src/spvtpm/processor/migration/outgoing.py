@@ -15,7 +15,8 @@ from spvtpm.processor.ledger import Entry
 from spvtpm.processor.migration.departures import Departure, departure_change
 from spvtpm.processor.migration.handoff import SOURCE, Act, Event, State
 from spvtpm.processor.migration.link import PeerLink, meet
-from spvtpm.processor.migration.realm import Realm, Side
+from spvtpm.processor.migration.realm import Realm
+from spvtpm.processor.migration.side import Side
 from spvtpm.processor.migration.tokens import derive_abort_token, derive_token, sha256_of
 from spvtpm.processor.relay_socket import RelaySocket
 from spvtpm.processor.security_block import VmSecurityBlock
@@ -55,7 +56,7 @@ class Outgoing:
         realm.departures.check_room()
         self._realm = realm
         self._block = block
-        self._vtpm = realm.vtpm_of(block)
+        self._vtpm = realm.estate.vtpms.of(block)
         self._link: PeerLink | None = None
         self._linked = asyncio.Event()  # or it has turned out that there is no link
         self._refused: SpvtpmError | None = None
