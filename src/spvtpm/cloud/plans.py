@@ -15,9 +15,11 @@ ORDERS_PER_OPERATION: Final = 4
 """Numbers that an operation reserves for its orders, beginning with its sequence."""
 
 DOING: Final = 0
-UNDOING: Final = 1
-SWEEPING: Final = 2
-"""Which of them an order has, so that who undoes, or sweeps up what neither could reach, is stronger than who does."""
+FINISHING: Final = 1
+UNDOING: Final = 2
+SWEEPING: Final = 3
+"""Which of them an order has, so that who undoes, or sweeps up what neither could reach, is stronger than who does; `FINISHING`
+is the second order of a migration that goes well."""
 
 
 @dataclass(frozen=True, slots=True)

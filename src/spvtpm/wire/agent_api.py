@@ -8,6 +8,10 @@
     PUT /v1/vms/{vm_id}/image       the same, brought from elsewhere, before the VM is ordered to run; ?sequence=N as in an order
     GET /v1/channel                 WebSocket: one binary message a frame of a confidential channel (`introductions.py`)
     GET /v1/vms/{vm_id}/console     WebSocket: the same towards the VM itself
+    GET /v1/vms/{vm_id}/link        WebSocket: the same towards the secure processor at the other end of a handoff; ?handoff=ID
+
+A VM moves to another host by orders to both, `departing` to its source, then `arriving` to its destination, then a relay between
+their links; what became of it, the source's report tells, with a token for the other side.
 
 An order says how a VM shall be, not what to do; so it may be repeated. Orders of one VM are numbered: whoever is late with an
 older one, because it was believed dead and was only slow, is refused. Errors are problem details (`problems.py`).
@@ -39,8 +43,18 @@ Sequence = Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
 
 Sentence = Annotated[str, Meta(max_length=2048)]
 
-WantedState = Literal["defined", "running", "stopped", "hibernated", "absent"]
-"""How a VM shall be: `defined` (its owner may provision it), `running`, `stopped`, `hibernated`, or `absent` from this host."""
+WantedState = Literal["defined", "running", "stopped", "hibernated", "absent", "departing", "arriving"]
+"""How a VM shall be: `defined` (its owner may provision it), `running`, `stopped`, `hibernated`, or `absent` from this host;
+`departing` (running, and moving to another host once there is a link), or `arriving` from another host."""
+
+HandoffName = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+"""Of a handoff: its id, 16 bytes in hexadecimal."""
+
+TokenText = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""A token of a handoff, or its stop nonce: 32 bytes in hexadecimal. Not secret from those who carry it."""
+
+HandoffOutcome = Literal["open", "kept", "gone", "come"]
+"""Of a handoff, at one host: `open`; at the source `kept` (the VM stays) or `gone`; at the destination `come`."""
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -79,10 +93,38 @@ class Order(_Part, frozen=True):
     Attributes:
         sequence: of the order; one that is older than the newest that the agent has seen is refused (`superseded`).
         want: how.
+        handoff: of which it is a part: `arriving`; `running` for a VM that has come, `absent` for one that has not, or has gone.
+        token: of that handoff, from the other host: commit with `running`; abort, or the receipt, with `absent`.
+        stop_nonce: of that handoff, with `running`: the end of the VM's memory depends on it.
     """
 
     sequence: Sequence
     want: WantedState
+    handoff: HandoffName | None = None
+    token: TokenText | None = None
+    stop_nonce: TokenText | None = None
+
+
+class HandoffReport(_Part, frozen=True):
+    """A handoff as one host sees it.
+
+    Attributes:
+        handoff: its id.
+        outcome: what became of it.
+        is_linked: whether the link to the other side is there.
+        copied_bytes: of the VM's memory that have gone out, or have come; pages that changed count again.
+        stop_nonce: at the source, once the vTPM was stopped.
+        token: for the other side: abort when it is `kept`, commit when it is `gone`, the receipt when it has `come`.
+        failure: why it is `kept`, or empty: nobody wants it any more.
+    """
+
+    handoff: HandoffName
+    outcome: HandoffOutcome
+    is_linked: bool
+    copied_bytes: Annotated[int, Meta(ge=0)]
+    stop_nonce: TokenText | None = None
+    token: TokenText | None = None
+    failure: Sentence = ""
 
 
 class VmReport(_Part, frozen=True):
@@ -96,6 +138,7 @@ class VmReport(_Part, frozen=True):
         security_block: what the secure processor has of it; None: nothing.
         image: whether a memory image of it is here.
         failure: why it is not as ordered, if the agent has given up.
+        handoff: the last one in which it has part here; None: none.
     """
 
     vm_id: uuid.UUID
@@ -105,6 +148,7 @@ class VmReport(_Part, frozen=True):
     security_block: VmInfo | None
     image: bool
     failure: Sentence = ""
+    handoff: HandoffReport | None = None
 
 
 class VmReports(_Part, frozen=True):

@@ -12,6 +12,7 @@ characters): the same request with the same key gives the same operation again. 
     POST   /v1/vms/{vm_id}/hibernate      -> 202 Operation
     POST   /v1/vms/{vm_id}/resume         -> 202 Operation            go on where it was hibernated
     POST   /v1/vms/{vm_id}/release        -> 202 Operation            its owner has taken the vTPM: it needs no host
+    POST   /v1/vms/{vm_id}/migrate        Destination -> 202 Operation    to another host while it runs
     DELETE /v1/vms/{vm_id}                -> 202 Operation            its owner has destroyed it
     GET    /v1/vms/{vm_id}/events?after=N -> EventPage
     PUT    /v1/vms/{vm_id}/pcrs           PublishedPcrs -> 204
@@ -19,6 +20,7 @@ characters): the same request with the same key gives the same operation again. 
     GET    /v1/operations?vm_id=ID&before=ID -> OperationPage, newest first
     GET    /v1/operations/{operation_id}  -> Operation
     GET    /v1/operations/{operation_id}/events   server-sent events: `operation`, each with an Operation, until it has ended
+    POST   /v1/operations/{operation_id}/cancel   -> Operation        as it is now; a migration alone, until the VM has gone
     GET    /v1/chips                      -> list of Chip
     GET    /v1/chips/{chip_id}            -> Chip
     GET    /v1/chips/{chip_id}/channel    WebSocket: one binary message a frame of a confidential channel
@@ -27,6 +29,8 @@ characters): the same request with the same key gives the same operation again. 
     GET    /v1/hosts                      -> list of Host
     PUT    /v1/hosts/{name}               HostAddress -> Host
     DELETE /v1/hosts/{name}               -> 204
+    POST   /v1/hosts/{name}/drain         -> Drain                    it takes no VMs any more, and those that run there move away
+    DELETE /v1/hosts/{name}/drain         -> Host                     it takes VMs again
     GET    /v1/users                      -> list of User
     PUT    /v1/users/{name}               -> User
     DELETE /v1/users/{name}               -> 204
@@ -63,7 +67,7 @@ Scope = Literal["read", "vms", "admin"]
 Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]
 """Seconds since 1970, UTC."""
 
-OperationKind = Literal["create", "place", "start", "shutdown", "hibernate", "resume", "release", "destroy"]
+OperationKind = Literal["create", "place", "start", "shutdown", "hibernate", "resume", "release", "destroy", "migrate"]
 
 VmState = Literal["placed", "running", "stopped", "hibernated", "failed", "away"]
 """`placed`: has a host, its owner has still to provision it or boot it. `away`: its owner has its vTPM, it has no host."""
@@ -99,6 +103,16 @@ class NewVm(_Part, frozen=True):
     vm_id: uuid.UUID
     name: Name
     wants: Wants = Wants()  # frozen
+
+
+class Destination(_Part, frozen=True):
+    """Where a VM shall move.
+
+    Attributes:
+        host: which host; None: the platform chooses one that will do.
+    """
+
+    host: Name | None = None
 
 
 class PublishedPcrs(_Part, frozen=True):
@@ -154,7 +168,7 @@ class Vm(_Part, frozen=True):
     host: Name | None
     chip_id: ChipId | None
     vtpm_id: uuid.UUID | None
-    vtpm: Literal["", "active", "parked", "off", "failed"]
+    vtpm: Literal["", "active", "parked", "halted", "off", "failed"]
     boots: Annotated[int, Meta(ge=0)]
     has_image: bool
     operation: uuid.UUID | None
@@ -289,6 +303,7 @@ class Host(_Part, frozen=True):
         max_vms: how many it takes.
         missing_protection: what the host's kernel does not give.
         failure: why it is not online.
+        is_draining: whether it takes no VMs any more.
     """
 
     name: Name
@@ -302,6 +317,37 @@ class Host(_Part, frozen=True):
     max_vms: int
     missing_protection: list[Sentence]
     failure: Sentence
+    is_draining: bool
+
+
+class Remaining(_Part, frozen=True):
+    """A VM that does not move away from a host by itself.
+
+    Attributes:
+        vm_id: its id.
+        name: its name.
+        user: whose it is.
+        why: why it stays.
+    """
+
+    vm_id: uuid.UUID
+    name: Name
+    user: Name
+    why: Sentence
+
+
+class Drain(_Part, frozen=True):
+    """A host that is being emptied. Asked again, it goes on with what is still there.
+
+    Attributes:
+        host: as it is now.
+        moving: the operations that move VMs away, those that were under way already too.
+        remaining: VMs that stay, until their owners take them.
+    """
+
+    host: Host
+    moving: list[Operation]
+    remaining: list[Remaining]
 
 
 class Token(_Part, frozen=True):
