@@ -38,8 +38,8 @@ class RunningAgent(Daemon):
 
     def __init__(self, sp: RunningSp, *options: str) -> None:
         self.sp = sp
-        self.directory = sp.state.with_name("ag")
-        super().__init__(("agent", "run", self.directory), sp.state.with_name("agent.log"))
+        self.directory = sp.state.with_name(f"{sp.state.name}-ag")
+        super().__init__(("agent", "run", self.directory), sp.state.with_name(f"{sp.state.name}-agent.log"))
         spvtpm("agent", "init", self.directory, "--sp", sp.state, *options)
         self.token = (self.directory / "token").read_text()
         self._sequence = 0
@@ -73,9 +73,19 @@ class RunningAgent(Daemon):
         self._sequence += 1
         return self._sequence
 
-    def order(self, vm_id: uuid.UUID, want: WantedState, sequence: int | None = None) -> VmReport:
+    def order(
+        self,
+        vm_id: uuid.UUID,
+        want: WantedState,
+        sequence: int | None = None,
+        handoff: str | None = None,
+        token: str | None = None,
+        stop_nonce: str | None = None,
+    ) -> VmReport:
         """An order, and how the VM is then."""
-        order = Order(sequence=sequence or self.next_sequence(), want=want)
+        order = Order(
+            sequence=sequence or self.next_sequence(), want=want, handoff=handoff, token=token, stop_nonce=stop_nonce
+        )
         return msgspec.json.decode(
             self.ask("PUT", f"/v1/vms/{vm_id}", content=msgspec.json.encode(order)), type=VmReport
         )

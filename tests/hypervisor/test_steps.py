@@ -11,7 +11,6 @@ import pytest
 
 from spvtpm.hypervisor.steps import Sight, Step, next_step
 from spvtpm.hypervisor.virtual_machine import MachineState
-from spvtpm.wire.agent_api import WantedState
 from spvtpm.wire.errors import SpvtpmError
 from spvtpm.wire.messages import VmInfo
 
@@ -37,7 +36,7 @@ SIGHTS = [
         kept=True,
     )
     for want, resuming, state, boots, begun, machine, machine_boots, image in itertools.product(
-        get_args(WantedState),
+        ("defined", "running", "stopped", "hibernated", "absent"),
         (False, True),
         ("none", "running", "stopped", "hibernated", "failed", "damaged"),
         (0, 3),

@@ -26,6 +26,7 @@ def init(
     tls_key: Path | None = None,
     max_vms: int = 256,
     vm_uids: str | None = None,
+    revocation_list: Path | None = None,
     json: Json = False,
 ) -> None:
     """Make a new agent: configuration, and the token that the platform shows.
@@ -46,6 +47,8 @@ def init(
         How many VMs the host takes.
     vm_uids
         User ids that belong to VMs, FIRST:COUNT. [default: VMs run as the agent's user]
+    revocation_list
+        The vendor's newest list of revoked chips, PEM: VMs move between hosts only with it. It may be replaced at any time.
     """
     from spvtpm.hypervisor.agent import initialise
     from spvtpm.hypervisor.config import AgentConfig
@@ -57,6 +60,7 @@ def init(
         tls_key=str(tls_key.absolute()) if tls_key else "",
         max_vms=max_vms,
         vm_uids=_parse_uids(vm_uids),
+        revocation_list=str(revocation_list.absolute()) if revocation_list else "",
     )
     initialise(directory, config)
     _tell(directory, json)

@@ -129,7 +129,8 @@ class HostAgent:
             conductor = Conductor(sp, EmulatedVms(vms, users), records, self._config.max_vms)
             cleanup.push_async_callback(conductor.close)
             await conductor.start()
-            service = Service(conductor, sp, self._token)
+            listed = self._directory / self._config.revocation_list if self._config.revocation_list else None
+            service = Service(conductor, sp, self._token, listed)
             server = OrderlyServer(
                 _uvicorn_config(service, self._config),
                 ready=lambda: on_ready(_address(listener, self._config)),

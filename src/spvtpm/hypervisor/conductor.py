@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
+from spvtpm.hypervisor.handoffs import report_of
 from spvtpm.hypervisor.keeper import VmKeeper
 from spvtpm.hypervisor.performer import BOOTS_AT_A_TIME, Performer
 from spvtpm.hypervisor.records import MAX_ABSENT, Record, Records
@@ -137,6 +141,25 @@ class Conductor:
             raise NotFound(f"there is no VM {vm_id} here")
         return keeper.performer.machine.console()
 
+    @contextmanager
+    def link(self, vm_id: uuid.UUID, handoff: bytes) -> Iterator[Path]:
+        """The link of a handoff is being carried: from or to the socket of the secure processor that this gives.
+
+        Args:
+            vm_id: the VM.
+            handoff: its id, 16 bytes.
+
+        Raises:
+            NotFound: the VM has no part here in such a handoff.
+            WrongState: it has its link, or had it.
+        """
+        keeper = self._keepers.get(vm_id)
+        if keeper is None:
+            raise NotFound(f"there is no VM {vm_id} here")
+        with keeper.performer.handoffs.linked(handoff):
+            keeper.wake()
+            yield self._sp.migration_socket
+
     async def report(self, vm_id: uuid.UUID) -> VmReport:
         """How a VM is; also of one that is nowhere.
 
@@ -168,6 +191,7 @@ class Conductor:
             machine="none",
             security_block=block,
             image=False,
+            handoff=None if absent is None else report_of(absent.handoff),
         )
 
     async def host(self) -> HostReport:

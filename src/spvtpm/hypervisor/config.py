@@ -26,6 +26,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tls_certificate: with HOST:PORT: a file with the certificate and its chain, PEM; empty: no TLS.
         tls_key: a private file with the certificate's key, PEM.
         max_vms: how many VMs the host takes.
+        revocation_list: a file with the vendor's newest list of revoked chips, PEM, which a VM's move needs; read each time.
+            Empty: the secure processor knows one.
         vm_uids: the first of the user ids that belong to VMs, and how many there are; empty: VMs run as the agent's user.
     """
 
@@ -34,6 +36,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_certificate: Annotated[str, Meta(max_length=4096)] = ""
     tls_key: Annotated[str, Meta(max_length=4096)] = ""
     max_vms: Annotated[int, Meta(ge=1, le=10_000)] = 256
+    revocation_list: Annotated[str, Meta(max_length=4096)] = ""
     vm_uids: Annotated[list[_UserId], Meta(max_length=2)] = []  # msgspec copies it
 
     def endpoint(self) -> tuple[str, int] | None:
@@ -70,6 +73,7 @@ _EXPLANATIONS: Final = """\
 # tls_certificate = ""      # with HOST:PORT: certificate and chain, PEM
 # tls_key = ""              # its key, PEM, mode 0600
 # max_vms = 256             # how many VMs the host takes
+# revocation_list = ""      # the vendor's newest list of revoked chips, PEM: VMs move to and from this host only with it
 # vm_uids = [200000, 1000]  # user ids that belong to VMs: the first, and how many; default: none
 """
 

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -266,17 +266,14 @@ class EmulatedVm:
             raise MachineFailed(f"the machine of VM {self._vm_id} has written something else than it says")
         return records
 
-    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, records: Iterable[bytes]) -> None:
+    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, memory: NewestRecords) -> None:
         """Stores its memory as it came from another host, durably, as its image.
 
         Raises:
-            MemoryStreamDamaged: records are none, or the final one is missing.
+            MemoryStreamDamaged: the final record is missing.
             StorageError: it cannot be written.
         """
-        newest = NewestRecords()
-        for record in records:
-            newest.take(record)
-        await self._directory.put_image(newest.stream(handoff_id, stop_nonce))
+        await self._directory.put_image(memory.stream(handoff_id, stop_nonce))
 
     async def forget_image(self) -> None:
         """Removes the image, durably."""

@@ -14,10 +14,10 @@ from typing import Final
 from msgspec.structs import replace
 
 from spvtpm.hypervisor.performer import Performer
-from spvtpm.hypervisor.records import Record, Records
+from spvtpm.hypervisor.records import Brought, Record, Records
 from spvtpm.hypervisor.steps import Step
 from spvtpm.wire.agent_api import Order, VmReport
-from spvtpm.wire.errors import NotRunning, ResourceError, SpvtpmError, WrongState
+from spvtpm.wire.errors import MessageError, NotRunning, ResourceError, SpvtpmError, WrongState
 from spvtpm.wire.messages import VmInfo
 from spvtpm.wire.platform_errors import MachineFailed, Superseded, Unavailable
 
@@ -119,6 +119,8 @@ class VmKeeper:
 
     async def _take_order(self, order: Order) -> None:
         await self._update(lambda record: self._ordered(record, order))
+        if order.want != "departing":
+            self._performer.handoffs.interrupt()
         for sequence, waiter in self._waiting:
             if sequence < order.sequence and not waiter.done():
                 waiter.set_exception(Superseded(f"order {sequence} for VM {self.vm_id}: a newer one has come"))
@@ -142,7 +144,19 @@ class VmKeeper:
             raise Superseded(f"order {order.sequence} for VM {self.vm_id} is older than order {record.sequence}")
         if order.sequence == record.sequence and record.want not in (None, order.want):
             raise Superseded(f"order {order.sequence} for VM {self.vm_id} was to be {record.want}, not {order.want}")
-        return replace(record, sequence=order.sequence, want=order.want, failure="")
+        if order.want == "arriving" and order.handoff is None:
+            raise MessageError("an order for a VM to arrive says in which handoff")
+        handoff = record.handoff
+        if order.want == "departing" and order.sequence > record.sequence and handoff is not None:
+            handoff = handoff if handoff.outcome in ("open", "gone") else None
+        return replace(
+            record,
+            sequence=order.sequence,
+            want=order.want,
+            failure="",
+            brought=_brought(order),
+            handoff=handoff,
+        )
 
     async def put_image(self, sequence: int, image: bytes) -> None:
         """Stores a memory image that was brought from elsewhere, durably.
@@ -191,11 +205,13 @@ class VmKeeper:
             security_block=block,
             image=self._performer.has_image(),
             failure=record.failure,
+            handoff=self._performer.handoffs.report(record.handoff),
         )
 
     def take_no_more(self) -> None:
         """Takes no more orders, and tells those who wait for one's end."""
         self._closing = True
+        self._performer.handoffs.interrupt()
         for _sequence, waiter in self._waiting:
             if not waiter.done():
                 waiter.set_exception(
@@ -269,7 +285,7 @@ class VmKeeper:
             self._is_changing = True
             changed = await self._performer.perform(step, record)
             if changed != record:
-                await self._update(partial(replace, resuming=changed.resuming))
+                await self._update(partial(_changed, before=record, by_step=changed))
 
     def _may_rise(self, record: Record) -> bool:
         """It was up, and is not any more: whether to boot it again now.
@@ -341,3 +357,15 @@ class VmKeeper:
             if record != self._record:
                 await asyncio.to_thread(self._records.put, record)
                 self._record = record
+
+
+def _brought(order: Order) -> Brought | None:
+    if order.handoff is None:
+        return None
+    return Brought(handoff=order.handoff, token=order.token, stop_nonce=order.stop_nonce)
+
+
+def _changed(newest: Record, before: Record, by_step: Record) -> Record:
+    """The newest record with what a step has changed; what has come with a newer order is not used up yet."""
+    brought = by_step.brought if newest.sequence == before.sequence else newest.brought
+    return replace(newest, resuming=by_step.resuming, handoff=by_step.handoff, brought=brought)

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from msgspec.structs import replace
 
+from spvtpm.hypervisor.handoffs import Handoffs
 from spvtpm.hypervisor.records import Record
 from spvtpm.hypervisor.secure_processor import SecureProcessor
 from spvtpm.hypervisor.steps import Sight, Step, next_step
@@ -39,6 +40,7 @@ class Performer:
         self._sp = sp
         self._machine = machine
         self._boots = boots
+        self._handoffs = Handoffs(vm_id, sp, machine)
         self._block: VmInfo | None = None
         self._begun = 0
         self._admitted_to: tuple[int, int] | None = None  # an instance of the secure processor; the next may not know
@@ -47,6 +49,11 @@ class Performer:
     def machine(self) -> VirtualMachine:
         """The VM's machine."""
         return self._machine
+
+    @property
+    def handoffs(self) -> Handoffs:
+        """What moves it from, or to, another host."""
+        return self._handoffs
 
     def has_image(self) -> bool:
         """Whether there is a memory image of a VM that is not running."""
@@ -88,6 +95,9 @@ class Performer:
                 machine_boots=self._machine.boots,
                 image=self.has_image(),
                 kept=self._machine.is_kept,
+                brought=record.brought,
+                handoff=record.handoff,
+                way=self._handoffs.way(record.handoff),
             )
         )
 
@@ -135,6 +145,8 @@ class Performer:
                 return replace(record, resuming=False)
             case Step.REMOVE:
                 await machine.remove()
+            case _:
+                return await self._handoffs.perform(step, record)
         return record
 
     async def _begin(self, request: Request) -> None:
@@ -194,6 +206,9 @@ class Performer:
     async def power_down(self, record: Record) -> None:
         """Ends machine and boot in order, whatever was ordered: the agent is being stopped."""
         try:
+            if record.handoff is not None and (record.handoff.side, record.handoff.outcome) == ("source", "open"):
+                await self._handoffs.settle(record)  # which the next start does once more, and remembers
+            await self._handoffs.close()
             had_machine = self._machine.state != "none"
             if had_machine:
                 await self._machine.stop()

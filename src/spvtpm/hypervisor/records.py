@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from spvtpm.files import read_file, replace_file
-from spvtpm.wire.agent_api import Sentence, WantedState
+from spvtpm.wire.agent_api import HandoffName, HandoffOutcome, Sentence, TokenText, WantedState
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import StorageError
 
@@ -26,6 +26,34 @@ MAX_ABSENT: Final = 4096
 _MAX_RECORD_BYTES: Final = 16_384
 
 
+class Brought(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What came with the newest order, of a handoff; as of `agent_api.Order`."""
+
+    handoff: HandoffName
+    token: TokenText | None = None
+    stop_nonce: TokenText | None = None
+
+
+class HandoffRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The last handoff of a VM here, and what became of it. Its truth is the secure processor's.
+
+    Attributes:
+        handoff: its id.
+        side: on which this host is.
+        outcome: as of `agent_api.HandoffReport`, as the next ones.
+        stop_nonce: as told there.
+        token: as told there.
+        failure: as told there.
+    """
+
+    handoff: HandoffName
+    side: Literal["source", "destination"]
+    outcome: HandoffOutcome = "open"
+    stop_nonce: TokenText | None = None
+    token: TokenText | None = None
+    failure: Sentence = ""
+
+
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The newest order for one VM, and what became of it.
 
@@ -35,6 +63,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         want: how the VM shall be; None: nothing was ordered yet.
         resuming: the secure processor has resumed the VM, or is about to, and the VM's memory is still in its image alone.
         failure: why the agent has given up.
+        brought: what came with the order, until it is used up.
+        handoff: the last one in which the VM has, or had, part here.
     """
 
     format: Literal[1] = 1
@@ -43,6 +73,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     want: WantedState | None = None
     resuming: bool = False
     failure: Sentence = ""
+    brought: Brought | None = None
+    handoff: HandoffRecord | None = None
 
 
 class Records:

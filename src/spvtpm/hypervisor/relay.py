@@ -24,7 +24,7 @@ from typing import Final
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from spvtpm.hypervisor.frames import FrameStream, connected
-from spvtpm.wire.errors import FrameError, TooMany
+from spvtpm.wire.errors import FrameError, NotRunning, TooMany
 from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ MAX_CONSOLES_OF_ONE_VM: Final = 8
 
 CHANNEL_IDLE_S: Final = 330.0
 """Longer than the secure processor bears silence."""
+
+MAX_LINKS: Final = 32
+"""Relays to other secure processors at a time."""
+
+LINK_IDLE_S: Final = 330.0
 
 CONSOLE_IDLE_S: Final = 3600.0
 """A command may run for a while without a word."""
@@ -87,7 +92,9 @@ class Slots:
                 del self._taken[key]
 
 
-async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float, pid: int | None = None) -> None:
+async def relay(
+    websocket: WebSocket, path: Path, name: str, idle_s: float, pid: int | None = None, opening: bytes = b""
+) -> None:
     """Carries frames until one side ends, falls silent, or does what it must not.
 
     Args:
@@ -96,12 +103,18 @@ async def relay(websocket: WebSocket, path: Path, name: str, idle_s: float, pid:
         name: of who should be there, for sentences.
         idle_s: how long both sides may be silent.
         pid: process id of who must be there; None: whoever listens.
+        opening: a frame that goes to it first, of ours; empty: none.
 
     Raises:
         NotRunning: nobody listens there. The WebSocket is not accepted.
         PermissionRefused: this user may not connect. The WebSocket is not accepted.
     """
     async with connected(path, name, MAX_CHANNEL_FRAME_BYTES, pid) as stream:
+        if opening:
+            try:
+                await stream.send(opening)
+            except OSError as error:
+                raise NotRunning(f"the {name} takes nothing: {error.strerror or error}") from None
         await websocket.accept()
         ended = await _Relay(websocket, stream, idle_s).run()
     log.info("a relay to the %s has ended: %s", name, ended.reason)

@@ -56,6 +56,11 @@ class SecureProcessor:
         """Where channels of owners go in."""
         return self._run / "channel.sock"
 
+    @property
+    def migration_socket(self) -> Path:
+        """Where links to other secure processors, and memory of VMs that move, go in and out."""
+        return self._run / "migration.sock"
+
     def instance(self) -> tuple[int, int] | None:
         """Which start of the secure processor this is; None: it does not run, or is not ready."""
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import uuid
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -18,12 +20,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from spvtpm.hypervisor.conductor import Conductor
+from spvtpm.hypervisor.link_opening import link_opening
 from spvtpm.hypervisor.relay import (
     CHANNEL_IDLE_S,
     CONSOLE_IDLE_S,
+    LINK_IDLE_S,
     MAX_CHANNELS,
     MAX_CONSOLES,
     MAX_CONSOLES_OF_ONE_VM,
+    MAX_LINKS,
     Slots,
     relay,
 )
@@ -48,12 +53,15 @@ class Service:
         conductor: of the VMs.
         sp: the host's secure processor.
         token: that everybody must show.
+        revocation_list: as of `link_opening`.
     """
 
-    def __init__(self, conductor: Conductor, sp: SecureProcessor, token: str) -> None:
+    def __init__(self, conductor: Conductor, sp: SecureProcessor, token: str, revocation_list: Path | None) -> None:
         self._conductor = conductor
         self._sp = sp
         self._token = token
+        self._revocation_list = revocation_list
+        self._links = Slots(MAX_LINKS, MAX_LINKS)
         self._channels = Slots(MAX_CHANNELS, MAX_CHANNELS)
         self._consoles = Slots(MAX_CONSOLES, MAX_CONSOLES_OF_ONE_VM)
 
@@ -70,6 +78,7 @@ class Service:
                 Route(f"{vm}/image", self._put_image, methods=["PUT"]),
                 WebSocketRoute("/v1/channel", self._channel),
                 WebSocketRoute(f"{vm}/console", self._console),
+                WebSocketRoute(f"{vm}/link", self._link),
             ],
             exception_handlers={SpvtpmError: _refuse, HTTPException: _refuse_http, Exception: _confess},
         )
@@ -117,6 +126,15 @@ class Service:
         with self._consoles.taken(vm_id):
             console = self._conductor.console(vm_id)
             await relay(websocket, console.path, "VM", CONSOLE_IDLE_S, console.pid)
+
+    async def _link(self, websocket: WebSocket) -> None:
+        name = websocket.query_params.get("handoff", "")
+        if not re.fullmatch(r"[0-9a-f]{32}", name):
+            raise MessageError("a link needs ?handoff=ID, 32 hexadecimal digits")
+        handoff = bytes.fromhex(name)
+        opening = link_opening(handoff, self._revocation_list)
+        with self._links.taken(None), self._conductor.link(websocket.path_params["vm_id"], handoff) as path:
+            await relay(websocket, path, NAME, LINK_IDLE_S, opening=opening)
 
 
 class _TokenGate:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Literal
 
+from spvtpm.hypervisor.records import Brought, HandoffRecord
 from spvtpm.hypervisor.virtual_machine import MachineState
 from spvtpm.wire.agent_api import WantedState
 from spvtpm.wire.errors import IntegrityError, NotFound, WrongState
@@ -31,6 +33,20 @@ class Step(Enum):
     GO_ON = auto()  # the suspended or halted machine runs on
     FORGET_IMAGE = auto()  # its image is of no use any more
     REMOVE = auto()  # what the host has of it goes
+    SEND_START = auto()  # the secure processor begins a handoff to another
+    MOVE = auto()  # the machine's memory goes there; machine and vTPM are halted, and the vTPM follows
+    FINISH_MOVE = auto()  # the rest of the memory follows, and the secure processor gives the vTPM up
+    SETTLE = auto()  # the handoff does not go on: the vTPM stays, if it was not given up
+    RECEIVE_START = auto()  # the secure processor expects the VM
+    KEEP_MEMORY = auto()  # the memory that has come becomes its image
+    RECEIVE_FINISH = auto()  # the vTPM is this host's
+    RECEIVE_CANCEL = auto()  # what has come of it is thrown away
+    FORGET_HANDOFF = auto()  # the other host has told that it has it
+
+
+Way = Literal["none", "waiting", "linked", "stopped", "ended"]
+"""To the other end of an open handoff. Source: not tried, or not any more; no link yet; there is one; the vTPM was stopped.
+Destination: not expected; expected; there is a link; whatever was to come of the memory has come, or will not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,9 @@ class Sight:
         machine_boots: the boot in which that takes part.
         image: whether there is a memory image.
         kept: whether the host has anything of its machine.
+        brought: what came with the order, of a handoff.
+        handoff: the last one of the VM here.
+        way: to the other end of that.
     """
 
     vm_id: uuid.UUID
@@ -60,6 +79,9 @@ class Sight:
     machine_boots: int
     image: bool
     kept: bool
+    brought: Brought | None = None
+    handoff: HandoffRecord | None = None
+    way: Way = "none"
 
     @property
     def has_machine(self) -> bool:
@@ -84,6 +106,10 @@ def next_step(sight: Sight) -> Step:
         raise IntegrityError(
             f"the security block of VM {sight.vm_id} cannot be believed: it can be neither run nor moved"
         )
+    if sight.handoff is not None and sight.handoff.outcome == "open":
+        step = _of_open_handoff(sight, sight.handoff)
+        if step is not None:
+            return step
     match sight.want:
         case "defined":
             return Step.NOTHING if sight.admitted or sight.block is not None else Step.ADMIT
@@ -95,12 +121,67 @@ def next_step(sight: Sight) -> Step:
             return _towards_hibernated(sight)
         case "absent":
             return _towards_absent(sight)
+        case "departing":
+            return _towards_departing(sight)
+        case "arriving":
+            return _towards_arriving(sight)
         case None:
             return Step.NOTHING
 
 
+def _of_open_handoff(sight: Sight, handoff: HandoffRecord) -> Step | None:
+    """None: what is wanted says it."""
+    if handoff.side == "source":
+        if sight.want != "departing" or sight.way == "none":
+            return Step.SETTLE
+        return {"linked": Step.MOVE, "stopped": Step.FINISH_MOVE}.get(sight.way, Step.NOTHING)
+    is_here = sight.block is not None
+    is_this_one = sight.brought is not None and sight.brought.handoff == handoff.handoff
+    if sight.want == "arriving" and is_this_one:
+        if is_here:
+            return Step.NOTHING
+        return {"none": Step.RECEIVE_START, "ended": Step.RECEIVE_CANCEL}.get(sight.way, Step.NOTHING)
+    if sight.want == "running" and is_this_one:
+        return None
+    if sight.want in ("arriving", "absent"):
+        return Step.RECEIVE_CANCEL
+    return None
+
+
+def _towards_departing(sight: Sight) -> Step:
+    handoff = sight.handoff
+    if handoff is None or handoff.side == "destination":
+        if sight.takes_part and sight.machine == "running":
+            return Step.SEND_START
+        raise WrongState(f"VM {sight.vm_id} does not run: only one that runs moves to another host by itself")
+    if handoff.outcome == "kept":
+        return _towards_running(sight)
+    return Step.POWER_OFF if sight.has_machine else Step.NOTHING
+
+
+def _towards_arriving(sight: Sight) -> Step:
+    """It is not expected, and was not: or what was expected is not coming any more."""
+    if sight.brought is None:
+        return Step.NOTHING
+    return Step.NOTHING if _has_come(sight) else Step.RECEIVE_START
+
+
+def _has_come(sight: Sight) -> bool:
+    """In the handoff that the order is about."""
+    brought, handoff = sight.brought, sight.handoff
+    if brought is None or handoff is None:
+        return False
+    return (handoff.handoff, handoff.outcome) == (brought.handoff, "come")
+
+
 def _towards_running(sight: Sight) -> Step:
-    block = sight.block
+    block, brought, handoff = sight.block, sight.brought, sight.handoff
+    if brought is not None and brought.token is not None and not _has_come(sight):
+        return Step.RECEIVE_FINISH if sight.way == "none" or sight.resuming else Step.KEEP_MEMORY
+    if block is None and handoff is not None and (handoff.side, handoff.outcome) == ("source", "gone"):
+        raise WrongState(f"VM {sight.vm_id} has moved to another host's secure processor")
+    if block is not None and block.state in ("leaving", "arriving"):
+        raise WrongState(f"VM {sight.vm_id} is {block.state}, and its handoff has not ended")
     if sight.has_machine:
         if not sight.takes_part:
             return Step.END_MACHINE
@@ -170,6 +251,9 @@ def _why(block: VmInfo, sight: Sight) -> str:
 
 
 def _towards_absent(sight: Sight) -> Step:
+    if sight.brought is not None and sight.brought.token is not None:
+        is_arriving = sight.block is not None and sight.block.state == "arriving"
+        return Step.RECEIVE_CANCEL if is_arriving else Step.FORGET_HANDOFF
     if sight.block is not None:
         raise WrongState(
             f"VM {sight.vm_id} is still in the secure processor: its owner has not taken or destroyed the vTPM"

@@ -6,10 +6,12 @@ A driver knows one kind of machine. The first is `emulated_vm.py`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+from spvtpm.wire.memory_records import NewestRecords
 
 MachineState = Literal["none", "starting", "running", "suspended", "halted"]
 """Of a machine: there is none; it comes up; it runs; nothing runs in it, and its memory is in its image; nothing runs in it."""
@@ -143,16 +145,16 @@ class VirtualMachine(Protocol):
             SpvtpmError: it cannot be copied, and is halted still.
         """
 
-    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, records: Iterable[bytes]) -> None:
+    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, memory: NewestRecords) -> None:
         """Stores memory that came from another host, durably, as the image with which a machine goes on.
 
         Args:
             handoff_id: 16 bytes.
             stop_nonce: 32 bytes.
-            records: in the order in which they were made, the final one last; `memory_records.NewestRecords` gathers them.
+            memory: whole.
 
         Raises:
-            MemoryStreamDamaged: they are no records, or the final one is missing.
+            MemoryStreamDamaged: the final record is missing.
             StorageError: it cannot be written.
         """
 

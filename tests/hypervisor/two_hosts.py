@@ -1,0 +1,156 @@
+"""Two real hosts, each with a secure processor of one fleet and an agent, and whoever orders and carries between them."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Literal, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+
+from spvtpm.wire.agent_api import HandoffReport, VmReport
+from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
+from tests.processor.migration.two_chips import TwoChips
+
+Side = Literal["source", "destination"]
+Hook = Callable[[Side, int, bytes], list[bytes]]
+"""What becomes of a side's n-th frame: what is handed on in its place. `Cut` ends the link."""
+
+
+class Cut(Exception):
+    """The carrier ends the link."""
+
+
+def honest(_side: Side, _number: int, frame: bytes) -> list[bytes]:
+    """Hands everything on."""
+    return [frame]
+
+
+class Carrying:
+    """Carries the frames of a link between two agents, in threads of its own.
+
+    Args:
+        source: where the VM is.
+        destination: where it shall go.
+        vm_id: the VM.
+        handoff: its name.
+        hook: what becomes of each frame.
+    """
+
+    def __init__(
+        self, source: RunningAgent, destination: RunningAgent, vm_id: uuid.UUID, handoff: str, hook: Hook = honest
+    ) -> None:
+        path = f"/v1/vms/{vm_id}/link?handoff={handoff}"
+        self._cleanup = ExitStack()
+        self._ends: dict[Side, ClientConnection] = {
+            "destination": self._cleanup.enter_context(destination.websocket(path, max_size=None)),
+            "source": self._cleanup.enter_context(source.websocket(path, max_size=None)),
+        }
+        self._hook = hook
+        self.seen: list[tuple[Side, bytes]] = []
+        self._threads = [
+            threading.Thread(target=self._carry, args=("source", "destination"), daemon=True),
+            threading.Thread(target=self._carry, args=("destination", "source"), daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _carry(self, side: Side, other: Side) -> None:
+        number = 0
+        with suppress(ConnectionClosed, Cut):
+            while True:
+                frame = self._ends[side].recv()
+                assert isinstance(frame, bytes)
+                self.seen.append((side, frame))
+                for instead in self._hook(side, number, frame):
+                    self._ends[other].send(instead)
+                number += 1
+        self.cut()
+
+    def cut(self) -> None:
+        """Ends the link."""
+        for end in self._ends.values():
+            end.close()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+        self._cleanup.close()
+
+
+class TwoHosts:
+    """Two hosts. `order…` is what a platform does, step by step."""
+
+    def __init__(self) -> None:
+        self._cleanup = ExitStack()
+        self.chips = self._cleanup.enter_context(TwoChips())
+        listed = self.chips.a.state.with_name("revoked.pem")
+        listed.write_bytes(x509.load_der_x509_crl(self.chips.revoked).public_bytes(Encoding.PEM))
+        self.a = self._cleanup.enter_context(RunningAgent(self.chips.a, "--revocation-list", str(listed)))
+        self.b = self._cleanup.enter_context(RunningAgent(self.chips.b, "--revocation-list", str(listed)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    def running_vm(self) -> uuid.UUID:
+        """A VM that runs at the first host; its owner's key is known at both."""
+        vm_id = self.a.running_vm()
+        self.b.sp._keys[vm_id] = self.a.sp.key(vm_id)
+        return vm_id
+
+    def begin(self, vm_id: uuid.UUID) -> str:
+        """Both hosts are ordered; the handoff's name."""
+        begun = handoff_of(self.a.order(vm_id, "departing"))
+        assert begun.outcome == "open" and not begun.is_linked
+        self.b.order(vm_id, "arriving", handoff=begun.handoff)
+        return begun.handoff
+
+    def carry(self, vm_id: uuid.UUID, handoff: str, hook: Hook = honest) -> HandoffReport:
+        """The link, until it ends; what became of the handoff at the source then."""
+        Carrying(self.a, self.b, vm_id, handoff, hook).wait()
+        return self.decided(vm_id)
+
+    def decided(self, vm_id: uuid.UUID) -> HandoffReport:
+        """What became of the handoff at the source, once that is decided."""
+        return handoff_of(self.a.wait(vm_id, lambda report: handoff_of(report).outcome != "open"))
+
+    def receive(self, vm_id: uuid.UUID, gone: HandoffReport) -> HandoffReport:
+        """The destination is told that it has the VM."""
+        assert gone.outcome == "gone", gone
+        order = {"handoff": gone.handoff, "token": gone.token, "stop_nonce": gone.stop_nonce}
+        come = handoff_of(self.b.order(vm_id, "running", **order))
+        assert come.outcome == "come"
+        return come
+
+    def forget(self, vm_id: uuid.UUID, come: HandoffReport) -> VmReport:
+        """The source is told that the destination has it."""
+        return self.a.order(vm_id, "absent", handoff=come.handoff, token=come.token)
+
+    def take_back(self, vm_id: uuid.UUID, kept: HandoffReport) -> None:
+        """Both are told that the VM stays."""
+        assert kept.outcome == "kept", kept
+        self.b.order(vm_id, "absent", handoff=kept.handoff, token=kept.token)
+        self.a.order(vm_id, "running")
+
+    def move(self, vm_id: uuid.UUID) -> None:
+        """All of it."""
+        self.forget(vm_id, self.receive(vm_id, self.carry(vm_id, self.begin(vm_id))))
+
+
+def handoff_of(report: VmReport) -> HandoffReport:
+    """Of a VM that has one."""
+    assert report.handoff is not None, report
+    return report.handoff
