@@ -25,7 +25,7 @@ def _block(state: str, boots: int) -> VmInfo | None:
 SIGHTS = [
     Sight(
         vm_id=VM,
-        want=want,
+        want=want,  # type: ignore[arg-type]
         resuming=resuming,
         block=_block(state, boots),
         admitted=False,
@@ -74,8 +74,8 @@ def _after(sight: Sight, step: Step) -> Sight:
             return replace(sight, image=False, resuming=False)
         case Step.REMOVE:
             return replace(sight, image=False, kept=False)
-        case Step.NOTHING:
-            raise AssertionError
+        case _:
+            raise AssertionError(step)
 
 
 def _path(sight: Sight) -> tuple[list[Step], Sight]:

@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
 from spvtpm.wire.agent_api import HandoffReport, VmReport
+from tests.hypervisor.mortal_agent import MortalAgent
 from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
 from tests.processor.migration.two_chips import TwoChips
 
@@ -86,24 +87,20 @@ class Carrying:
         self._cleanup.close()
 
 
-class TwoHosts:
-    """Two hosts. `order…` is what a platform does, step by step."""
+class Pair:
+    """Two hosts; `begin`, `carry`, `receive`, `forget` and `take_back` are what a platform does, step by step.
 
-    def __init__(self) -> None:
-        self._cleanup = ExitStack()
-        self.chips = self._cleanup.enter_context(TwoChips())
-        listed = self.chips.a.state.with_name("revoked.pem")
-        listed.write_bytes(x509.load_der_x509_crl(self.chips.revoked).public_bytes(Encoding.PEM))
-        self.a = self._cleanup.enter_context(RunningAgent(self.chips.a, "--revocation-list", str(listed)))
-        self.b = self._cleanup.enter_context(RunningAgent(self.chips.b, "--revocation-list", str(listed)))
+    Args:
+        a: where VMs are.
+        b: where they go.
+    """
 
-    def __enter__(self) -> Self:
-        return self
+    def __init__(self, a: MortalAgent, b: MortalAgent) -> None:
+        self.a, self.b = a, b
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cleanup.close()
+    def turned(self) -> Pair:
+        """The way back."""
+        return Pair(self.b, self.a)
 
     def running_vm(self) -> uuid.UUID:
         """A VM that runs at the first host; its owner's key is known at both."""
@@ -130,8 +127,8 @@ class TwoHosts:
     def receive(self, vm_id: uuid.UUID, gone: HandoffReport) -> HandoffReport:
         """The destination is told that it has the VM."""
         assert gone.outcome == "gone", gone
-        order = {"handoff": gone.handoff, "token": gone.token, "stop_nonce": gone.stop_nonce}
-        come = handoff_of(self.b.order(vm_id, "running", **order))
+        report = self.b.order(vm_id, "running", handoff=gone.handoff, token=gone.token, stop_nonce=gone.stop_nonce)
+        come = handoff_of(report)
         assert come.outcome == "come"
         return come
 
@@ -145,9 +142,42 @@ class TwoHosts:
         self.b.order(vm_id, "absent", handoff=kept.handoff, token=kept.token)
         self.a.order(vm_id, "running")
 
+    def destroy(self, vm_id: uuid.UUID) -> None:
+        """A VM that is done with goes, wherever it is."""
+        for agent in (self.a, self.b):
+            agent.order(vm_id, "stopped")
+            if agent.report(vm_id).security_block is not None:
+                agent.sp.destroy(vm_id)
+            agent.order(vm_id, "absent")
+
     def move(self, vm_id: uuid.UUID) -> None:
         """All of it."""
         self.forget(vm_id, self.receive(vm_id, self.carry(vm_id, self.begin(vm_id))))
+
+
+class TwoHosts(Pair):
+    """Two hosts of a test's own."""
+
+    def __init__(self) -> None:
+        self._cleanup = ExitStack()
+        self.chips = self._cleanup.enter_context(TwoChips())
+        self.chips.b.owner = self.chips.a.owner
+        listed = self.chips.a.state.with_name("revoked.pem")
+        listed.write_bytes(x509.load_der_x509_crl(self.chips.revoked).public_bytes(Encoding.PEM))
+        super().__init__(
+            *(
+                self._cleanup.enter_context(MortalAgent(sp, "--revocation-list", str(listed)))
+                for sp in (self.chips.a, self.chips.b)
+            )
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
 
 
 def handoff_of(report: VmReport) -> HandoffReport:
