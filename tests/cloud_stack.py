@@ -120,7 +120,9 @@ class CloudHost:
         manufacture_chip(vendor, chip)
         initialise(self.sp_state, chip)
         self.sp = RunningSp(self.sp_state)
-        made = spvtpm("agent", "init", self.agent_state, "--sp", self.sp_state, *agent_options, "--json")
+        listed = vendor / "revoked.pem"
+        words = ["--sp", self.sp_state, "--revocation-list", listed, *agent_options, "--json"]
+        made = spvtpm("agent", "init", self.agent_state, *words)
         self.address = str(json.loads(made)["address"])
         self.agent = Daemon(("agent", "run", self.agent_state), directory / f"{name}-agent.log")
         self.agent.start()

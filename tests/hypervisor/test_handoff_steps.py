@@ -178,7 +178,7 @@ def test_wherever_a_vm_that_moves_is_found_it_becomes_as_ordered_or_there_is_a_s
     assert ends > len(SIGHTS) // 3
 
 
-@pytest.mark.attack("A16")
+@pytest.mark.attack("A18")
 def test_a_machine_ends_only_when_its_handoff_is_decided() -> None:
     """Halted, it still has all of the VM's memory: it may have to go on."""
     for sight in SIGHTS:
@@ -191,7 +191,7 @@ def test_a_machine_ends_only_when_its_handoff_is_decided() -> None:
                 assert step not in (Step.POWER_OFF, Step.END_MACHINE, Step.REMOVE, Step.STOP), (sight, step)
 
 
-@pytest.mark.attack("A16")
+@pytest.mark.attack("A18")
 def test_no_machine_runs_at_the_destination_before_the_source_has_given_the_vtpm_up() -> None:
     for sight in SIGHTS:
         if sight.has_machine or sight.block is None or sight.block.state != "arriving":

@@ -79,7 +79,7 @@ def test_programs_that_use_the_vtpm_in_a_loop_see_a_pause_and_no_error(hosts: Tw
     assert at_arrival > 0 and all(len(random) == 8 for random in done)
 
 
-@pytest.mark.attack("A16")
+@pytest.mark.claim("C8")
 def test_what_is_carried_is_not_readable_for_those_who_carry_it(hosts: TwoHosts) -> None:
     vm_id, secret = hosts.running_vm(), uuid.uuid4().hex
     hosts.a.run_in_vm(vm_id, "sh", "-c", f"echo {secret} > note")
@@ -92,7 +92,7 @@ def test_what_is_carried_is_not_readable_for_those_who_carry_it(hosts: TwoHosts)
     assert hosts.b.run_in_vm(vm_id, "cat", "note") == f"{secret}\n"
 
 
-@pytest.mark.attack("A16")
+@pytest.mark.attack("A18")
 @pytest.mark.parametrize("side", ["source", "destination"])
 @pytest.mark.parametrize("trick", ["cut", "altered", "doubled"])
 def test_a_link_that_is_tampered_with_leaves_the_vm_where_it_is(hosts: TwoHosts, side: Side, trick: str) -> None:
@@ -172,7 +172,7 @@ def test_each_order_of_a_move_may_be_repeated(hosts: TwoHosts) -> None:
 
 
 @pytest.mark.claim("C8")
-@pytest.mark.attack("A16")
+@pytest.mark.attack("A17")
 def test_a_vm_whose_owner_forbids_it_does_not_leave(hosts: TwoHosts) -> None:
     vm_id = uuid.uuid4()
     hosts.a.order(vm_id, "defined")

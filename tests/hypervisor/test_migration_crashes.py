@@ -124,7 +124,7 @@ def _exactly_one(hosts: TwoHosts, vm_id: uuid.UUID, decided: HandoffReport) -> V
 
 
 @pytest.mark.claim("C8")
-@pytest.mark.attack("A17")
+@pytest.mark.attack("A19")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("side", "step"),
@@ -159,7 +159,7 @@ def test_an_agent_that_dies_at_a_step_of_a_move(hosts: TwoHosts, side: Side, ste
     hosts.destroy(vm_id)
 
 
-@pytest.mark.attack("A17")
+@pytest.mark.attack("A19")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("side", "step"), [("source", Step.SETTLE), ("source", Step.GO_ON), ("destination", Step.RECEIVE_CANCEL)]
@@ -192,7 +192,7 @@ def _ends_at(side: Side, number: int, kill: Callable[[], None] = lambda: None) -
 
 
 @pytest.mark.claim("C8")
-@pytest.mark.attack("A17")
+@pytest.mark.attack("A19")
 @pytest.mark.parametrize("victim", ["source", "destination"])
 @pytest.mark.parametrize(("side", "number"), [("source", 0), ("source", 4), ("destination", 1), ("destination", 2)])
 def test_a_secure_processor_that_dies_in_the_middle_of_a_move(
@@ -216,7 +216,7 @@ def test_a_secure_processor_that_dies_in_the_middle_of_a_move(
 
 
 @pytest.mark.claim("C8")
-@pytest.mark.attack("A17")
+@pytest.mark.attack("A19")
 @pytest.mark.parametrize("victims", ["a", "b", "ab"])
 def test_hosts_that_die_between_commit_and_receipt(hosts: TwoHosts, victims: str) -> None:
     """Agent and secure processor at once, as a host does that loses its power."""

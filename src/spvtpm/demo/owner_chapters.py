@@ -82,7 +82,7 @@ def meet(cast: Cast) -> None:
 def _add_host(cast: Cast, host: SecureProcessorHost, vendor: ChipVendor, chip: str) -> None:
     host.make(vendor.manufacture(chip))
     host.start()
-    host.make_agent()
+    host.make_agent(vendor)
     host.start_agent()
     cast.cloud.add_host(host)
 

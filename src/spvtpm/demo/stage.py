@@ -17,7 +17,7 @@ from spvtpm.demo.story import Story
 from spvtpm.hypervisor.machine_process import find_machines
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
-from spvtpm.vendor.authority import init_vendor
+from spvtpm.vendor.authority import REVOCATION_LIST_FILE, init_vendor
 from spvtpm.vendor.factory import manufacture_chip
 from spvtpm.wire import messages
 
@@ -156,10 +156,12 @@ class SecureProcessorHost:
         self._story.command(self._prompt, ["spvtpm", "sp", "run", self.name])
         self._process = start(["sp", "run", str(self.state)], self._log, b"listening")
 
-    def make_agent(self) -> None:
-        """A new agent beside it."""
-        words = ["agent", "init", str(self.agent_state), "--sp", str(self.state)]
-        self._story.command(self._prompt, ["spvtpm", "agent", "init", f"{self.name}-agent", "--sp", self.name])
+    def make_agent(self, vendor: ChipVendor) -> None:
+        """A new agent beside it, which reads this vendor's list of revoked chips."""
+        listed = vendor.directory / REVOCATION_LIST_FILE
+        words = ["agent", "init", str(self.agent_state), "--sp", str(self.state), "--revocation-list", str(listed)]
+        shown = ["--sp", self.name, "--revocation-list", f"{vendor.name}/{REVOCATION_LIST_FILE}"]
+        self._story.command(self._prompt, ["spvtpm", "agent", "init", f"{self.name}-agent", *shown])
         done = run_tool([*SPVTPM, *words], self.state.parent, {})
         if not done.ok:
             raise ActFailed(f"spvtpm agent init: {done.complaint}")

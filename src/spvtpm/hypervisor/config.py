@@ -73,7 +73,7 @@ _EXPLANATIONS: Final = """\
 # tls_certificate = ""      # with HOST:PORT: certificate and chain, PEM
 # tls_key = ""              # its key, PEM, mode 0600
 # max_vms = 256             # how many VMs the host takes
-# revocation_list = ""      # the vendor's newest list of revoked chips, PEM: VMs move to and from this host only with it
+# revocation_list = ""      # the vendor's newest list of revoked chips, PEM; needed for VMs to move
 # vm_uids = [200000, 1000]  # user ids that belong to VMs: the first, and how many; default: none
 """
 

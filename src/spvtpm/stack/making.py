@@ -25,7 +25,7 @@ from spvtpm.processor.daemon import initialise
 from spvtpm.stack.places import USER, Host, Places
 from spvtpm.terminal.keyring import Keyring
 from spvtpm.terminal.owned import Account
-from spvtpm.vendor.authority import init_vendor, read_revocation_list, refresh_revocation_list
+from spvtpm.vendor.authority import REVOCATION_LIST_FILE, init_vendor, read_revocation_list, refresh_revocation_list
 from spvtpm.vendor.factory import manufacture_chip
 from spvtpm.wire.platform_api import HostAddress, NewToken
 
@@ -66,12 +66,13 @@ def make_secure_processor(places: Places, host: Host, tell: Tell) -> None:
         replace_file(configuration, f"admission_required = true\n{DEFAULT_TOML}".encode())
 
 
-def make_agent(host: Host, tell: Tell) -> None:
-    """The host's agent, for VMs on its secure processor."""
+def make_agent(places: Places, host: Host, tell: Tell) -> None:
+    """The host's agent, for VMs on its secure processor, and for those that move."""
     if (host.agent / "agent.toml").exists():
         return
     (host.agent / "token").unlink(missing_ok=True)  # its configuration goes last: this one has never run
-    agent.initialise(host.agent, AgentConfig(sp=str(host.sp)))
+    revoked = places.vendor / REVOCATION_LIST_FILE
+    agent.initialise(host.agent, AgentConfig(sp=str(host.sp), revocation_list=str(revoked)))
     tell(f"made the agent of {host.name}")
 
 

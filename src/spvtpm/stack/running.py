@@ -60,7 +60,7 @@ def run_stack(directory: Path, screen: Screen, port: int = PORT) -> None:
         making.make_vendor(places, screen.tell)
         for host in places.hosts:
             making.make_secure_processor(places, host, screen.tell)
-            making.make_agent(host, screen.tell)
+            making.make_agent(places, host, screen.tell)
         free = _free_port(port, screen)
         making.make_platform(places, free, screen.tell)
         account = making.make_keyring(places, f"http://{making.LOOPBACK}:{free}", screen.tell)

@@ -56,6 +56,9 @@ ROOT_VALIDITY = timedelta(days=40 * 365)
 INTERMEDIATE_VALIDITY = timedelta(days=30 * 365)
 REVOCATION_LIST_VALIDITY = timedelta(days=30)
 
+REVOCATION_LIST_FILE = "revoked.pem"
+"""In a vendor's directory: the newest list, for everybody."""
+
 _MAX_PEM_BYTES = 4096
 
 
@@ -126,7 +129,7 @@ def read_revocation_list(directory: Path) -> RevocationList:
     Raises:
         StorageError: it is missing, or damaged (`VendorError`).
     """
-    path = directory / "revoked.pem"
+    path = directory / REVOCATION_LIST_FILE
     content = read_file(path, 2 * MAX_REVOCATION_LIST_BYTES, private=False)
     try:
         return parse_revocation_list(x509.load_pem_x509_crl(content).public_bytes(Encoding.DER))
@@ -197,7 +200,7 @@ def _write_new(directory: Path, name: str, now: datetime) -> None:
     create_file(directory / "root.pem", to_pem(root.certificate), PUBLIC)
     create_file(directory / "intermediate-key.pem", _private_pem(key))
     create_file(directory / "intermediate.pem", to_pem(certificate), PUBLIC)
-    create_file(directory / "revoked.pem", revoked.crl.public_bytes(Encoding.PEM), PUBLIC)
+    create_file(directory / REVOCATION_LIST_FILE, revoked.crl.public_bytes(Encoding.PEM), PUBLIC)
     create_file(directory / "fleet", encode_fleet(new_fleet()))
     (directory / "chips").mkdir()
 
@@ -211,7 +214,7 @@ def _publish(directory: Path, serials: list[int], now: datetime) -> RevocationLi
             revoked.setdefault(serial, now.astimezone(UTC))
         validity = Validity.lasting(now, REVOCATION_LIST_VALIDITY)
         new = build_revocation_list(issuer, old.number + 1, revoked.items(), validity)
-        replace_file(directory / "revoked.pem", new.crl.public_bytes(Encoding.PEM), PUBLIC)
+        replace_file(directory / REVOCATION_LIST_FILE, new.crl.public_bytes(Encoding.PEM), PUBLIC)
     return new
 
 
