@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 import uuid
@@ -18,7 +20,7 @@ from spvtpm.wire.errors import NotRunning
 from spvtpm.wire.platform_errors import Unavailable
 from tests.harness import RunningSp
 from tests.hypervisor.mortal_agent import MortalAgent
-from tests.hypervisor.running_agent import PATIENCE_S
+from tests.hypervisor.running_agent import PATIENCE_S, wait_for_end
 from tests.hypervisor.two_hosts import Carrying, Cut, Hook, Side, TwoHosts, handoff_of, honest
 
 _Result = TypeVar("_Result")
@@ -236,4 +238,49 @@ def test_hosts_that_die_between_commit_and_receipt(hosts: TwoHosts, victims: str
 
     assert decided.outcome == "gone"
     _exactly_one(hosts, vm_id, decided)
+    hosts.destroy(vm_id)
+
+
+@pytest.mark.attack("A19")
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_an_agent_that_is_stopped_in_order_takes_a_move_back(hosts: TwoHosts, is_linked: bool) -> None:
+    vm_id = hosts.running_vm()
+    hosts.a.run_in_vm(vm_id, "sh", "-c", _REMEMBER)
+    platform = Persistent(hosts, vm_id)
+    name = platform.begin()
+    if is_linked:
+
+        def stop(of: Side, at: int, frame: bytes) -> list[bytes]:
+            if (of, at) == ("source", 3) and hosts.a.is_running:
+                hosts.a.stop()
+            return [frame]
+
+        platform.carry(name, stop)
+    else:
+        hosts.a.stop()
+    hosts.a.start()
+    decided = platform.end()
+
+    assert decided.outcome == "kept"
+    _exactly_one(hosts, vm_id, decided)
+    hosts.destroy(vm_id)
+
+
+@pytest.mark.attack("A19")
+def test_a_machine_that_dies_in_the_middle_of_a_move_is_booted_where_it_was(hosts: TwoHosts) -> None:
+    vm_id = hosts.running_vm()
+    hosts.a.run_in_vm(vm_id, "sh", "-c", _REMEMBER)
+    machine = hosts.a.machine_pid(vm_id)
+    assert machine is not None
+    platform = Persistent(hosts, vm_id)
+
+    def kill() -> None:
+        os.kill(machine, signal.SIGKILL)
+        wait_for_end(machine)
+
+    platform.carry(platform.begin(), _ends_at("destination", 1, kill))
+    decided = platform.end()
+
+    report = _exactly_one(hosts, vm_id, decided)
+    assert decided.outcome == "kept" and report.security_block is not None and report.security_block.boots == 2
     hosts.destroy(vm_id)
