@@ -100,7 +100,7 @@ def fuzz_memory_stream(data: bytes) -> None:
         try:
             for candidate in candidates:
                 gathered.take(candidate)
-            opened = open_stream(_KEY, gathered.stream(_HANDOFF, _STOP))
+            opened = open_stream(_KEY, _HANDOFF, _STOP, gathered.stream())
         except MemoryStreamDamaged:
             assert not is_whole, "what is whole opens"
         else:

@@ -14,11 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from spvtpm.terminal.console import run_command
 from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire import messages
 from spvtpm.wire.errors import error_from_code
 from spvtpm.wire.framing import FrameDecoder, encode_frame
+from spvtpm.wire.launch_secret import ComingMemory
 from spvtpm.wire.machine_control import (
     MAX_CONTROL_BYTES,
     AwaitReady,
@@ -37,6 +40,7 @@ from spvtpm.wire.machine_control import (
 from spvtpm.wire.memory_records import split_records
 from spvtpm.wire.messages import ErrorReply
 from spvtpm.wire.owner_messages import MyVm
+from tests.guest.bound_secret import bound_secret
 from tests.harness import RunningSp
 
 PATIENCE_S = 60.0
@@ -96,9 +100,14 @@ class RunningMachine:
         self.spawn(info)
         self.await_ready()
 
-    def resume(self) -> None:
-        """Goes on from the image, in the boot in which it was hibernated."""
-        self.spawn(self.sp.info(messages.StartVm(vm_id=self.vm_id, vm_uid=self._uid)), "--resume")
+    def resume(self, memory: ComingMemory | None = None) -> None:
+        """Goes on from the image, in the boot in which it was hibernated; or from memory that has come from elsewhere."""
+        info = self.sp.info(messages.StartVm(vm_id=self.vm_id, vm_uid=self._uid))
+        if memory is not None:
+            assert info.launch_secret
+            bound = bound_secret(Path(info.launch_secret), self.log_path.with_suffix(".sock"), memory)
+            info = msgspec.structs.replace(info, launch_secret=str(bound))
+        self.spawn(info, "--resume")
         self.await_ready()
 
     def spawn(self, info: messages.VmInfo, *options: str) -> None:

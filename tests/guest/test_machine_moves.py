@@ -15,6 +15,7 @@ from spvtpm.terminal.console import run_command
 from spvtpm.terminal.relay import Relay
 from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire.errors import ChannelError, SpvtpmError, WrongState
+from spvtpm.wire.launch_secret import ComingMemory
 from spvtpm.wire.machine_control import CopyMemory, FinishCopy, Suspend
 from spvtpm.wire.memory_records import PAGE_BYTES, NewestRecords, PageLedger, parse_record
 from spvtpm.wire.memory_stream import verify_final
@@ -25,6 +26,7 @@ from tests.harness import RunningSp
 
 T = TypeVar("T")
 HANDOFF, STOP = b"h" * 16, b"s" * 32
+COMING = ComingMemory(HANDOFF, STOP)
 PCR = "tpm2_pcrread -Q -o /dev/stdout sha256:16 | od -An -tx1"
 
 
@@ -63,12 +65,12 @@ def finished(machine: RunningMachine, handoff: bytes = HANDOFF, stop: bytes = ST
     return machine.copy(FinishCopy(handoff_id=handoff, stop_nonce=stop))
 
 
-def stream(records: Iterable[bytes], handoff: bytes = HANDOFF, stop: bytes = STOP) -> bytes:
+def stream(records: Iterable[bytes]) -> bytes:
     """As the destination's hypervisor stores it."""
     gathered = NewestRecords()
     for record in records:
         gathered.take(record)
-    return gathered.stream(handoff, stop)
+    return gathered.stream()
 
 
 def put(machine: RunningMachine, data: bytes) -> None:
@@ -107,7 +109,7 @@ def test_a_vm_moves_with_what_changed_in_between_and_its_pcrs(
         ledger.take(parse_record(record))
     verify_final(machine.key, HANDOFF, STOP, ledger, records[-1])
     put(destination, stream(records))
-    destination.resume()
+    destination.resume(COMING)
 
     assert destination.shell("sha256sum d/* z") == sums
     assert destination.shell(PCR) == before
@@ -116,20 +118,20 @@ def test_a_vm_moves_with_what_changed_in_between_and_its_pcrs(
 def test_a_vm_moves_back_and_sleeps_in_between(machine: RunningMachine, destination: RunningMachine) -> None:
     machine.shell("echo 1 > note")
     put(destination, stream(copied(machine) + depart(machine)))
-    destination.resume()
+    destination.resume(COMING)
     destination.shell("echo 2 >> note")
     destination.hibernate()  # replaces the stream
     destination.resume()
     destination.shell("echo 3 >> note")
     put(machine, stream(copied(destination) + depart(destination)))
-    machine.resume()
+    machine.resume(COMING)
     assert machine.shell("cat note") == b"1\n2\n3\n"
 
 
 def test_no_copy_but_the_last_one_is_as_good(machine: RunningMachine, destination: RunningMachine) -> None:
     machine.shell("echo all at once > note")
     put(destination, stream(depart(machine)))
-    destination.resume()
+    destination.resume(COMING)
     assert destination.shell("cat note") == b"all at once\n"
 
 
@@ -149,12 +151,12 @@ def test_a_stream_that_is_not_the_last_word_is_refused_and_nothing_of_it_is_rest
         "older page": stream(older),
         "missing page": stream(last[-1:]),
         "altered page": stream([*last[:-1], bytes(altered), last[-1]]),
-        "other stop": stream(first + last, stop=b"t" * 32),
+        "other stop": good,
         "cut": good[:-1],
     }[what]
     put(destination, bad)
     with pytest.raises(AssertionError, match=r"memory stream|pages? of the memory"):
-        destination.resume()
+        destination.resume(ComingMemory(HANDOFF, b"t" * 32 if what == "other stop" else STOP))
     destination.wait()
     assert list(destination.directory.iterdir()) == [destination.image]
 
@@ -167,8 +169,29 @@ def test_a_stream_of_another_vm_is_refused(machine: RunningMachine, sp: RunningS
         other.hibernate()
         put(other, data)
         with pytest.raises(AssertionError, match="another VM"):
-            other.resume()
+            other.resume(COMING)
         other.wait()
+
+
+@pytest.mark.attack("A18")
+@pytest.mark.attack("A30")
+def test_memory_goes_on_in_its_own_boot_alone(machine: RunningMachine, destination: RunningMachine) -> None:
+    """A stream where the secure processor names none, a stream of another handoff, an image where it names a stream."""
+    machine.shell("echo 1 > note")
+    data = stream(copied(machine) + depart(machine))
+    for kept, memory in ((data, None), (data, ComingMemory(b"x" * 16, STOP))):
+        put(destination, kept)
+        with pytest.raises(AssertionError, match="memory"):
+            destination.resume(memory)
+        destination.wait()
+        machine.sp.info(StopVm(vm_id=machine.vm_id))
+        machine.begin()
+        machine.hibernate()
+    image = machine.image.read_bytes()
+    put(destination, image)
+    with pytest.raises(AssertionError, match="memory stream"):
+        destination.resume(COMING)
+    destination.wait()
 
 
 @pytest.mark.attack("A24")
@@ -381,5 +404,5 @@ def test_what_is_no_stream_is_no_memory(machine: RunningMachine) -> None:
     machine.hibernate()
     put(machine, b"SPVTPMST" + bytes(200))
     with pytest.raises(AssertionError, match="memory stream"):
-        machine.resume()
+        machine.resume(COMING)
     machine.wait()

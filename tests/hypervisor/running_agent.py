@@ -80,12 +80,9 @@ class RunningAgent(Daemon):
         sequence: int | None = None,
         handoff: str | None = None,
         token: str | None = None,
-        stop_nonce: str | None = None,
     ) -> VmReport:
         """An order, and how the VM is then."""
-        order = Order(
-            sequence=sequence or self.next_sequence(), want=want, handoff=handoff, token=token, stop_nonce=stop_nonce
-        )
+        order = Order(sequence=sequence or self.next_sequence(), want=want, handoff=handoff, token=token)
         return msgspec.json.decode(
             self.ask("PUT", f"/v1/vms/{vm_id}", content=msgspec.json.encode(order)), type=VmReport
         )

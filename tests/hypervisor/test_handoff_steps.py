@@ -50,8 +50,8 @@ SIGHTS = [
         (
             None,
             Brought(handoff=THIS),
-            Brought(handoff=THIS, token=TOKEN, stop_nonce=TOKEN),
-            Brought(handoff=OTHER, token=TOKEN, stop_nonce=TOKEN),
+            Brought(handoff=THIS, token=TOKEN),
+            Brought(handoff=OTHER, token=TOKEN),
         ),
         (
             None,
@@ -95,10 +95,9 @@ def _after(sight: Sight, step: Step) -> Sight:
         case Step.SEND_START:
             return replace(sight, handoff=HandoffRecord(handoff=OTHER, side="source"), way="waiting")
         case Step.MOVE:
-            return replace(sight, block=_block("leaving"), machine="halted", way="stopped")
-        case Step.FINISH_MOVE:
             assert handoff is not None
-            return replace(sight, block=None, handoff=msgspec.structs.replace(handoff, outcome="gone"), way="none")
+            gone = msgspec.structs.replace(handoff, outcome="gone")
+            return replace(sight, block=None, machine="halted", handoff=gone, way="none")
         case Step.SETTLE:
             assert handoff is not None
             kept = msgspec.structs.replace(handoff, outcome="kept")

@@ -17,11 +17,13 @@ from spvtpm.hypervisor.vm_users import VmUsers
 from spvtpm.terminal.console import run_command
 from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire.errors import SpvtpmError, WrongState
+from spvtpm.wire.launch_secret import ComingMemory
 from spvtpm.wire.memory_records import NewestRecords, PageLedger, parse_record
 from spvtpm.wire.memory_stream import verify_final
 from spvtpm.wire.messages import HibernateVm, LaunchVm, StartVm, VmInfo
 from spvtpm.wire.owner_messages import MyVm
 from spvtpm.wire.platform_errors import MachineFailed, MemoryStreamDamaged
+from tests.guest.bound_secret import bound_secret
 from tests.harness import RunningSp
 
 HANDOFF, STOP = os.urandom(16), os.urandom(32)
@@ -48,10 +50,13 @@ class Hosts:
         vms.mkdir(parents=True, exist_ok=True)
         return EmulatedVm(self.vm_id, vms / str(self.vm_id), VmUsers(vms, None), lambda: None, left)
 
-    def boot(self, info: VmInfo, *, resumes: bool = False) -> Boot:
-        """What a machine needs to take part in a boot."""
+    def boot(self, info: VmInfo, handoff: bytes | None = None) -> Boot:
+        """What a machine needs to take part in a boot; with memory that came in a handoff, if one is given."""
         assert info.vtpm is not None and info.vtpm.interface and info.launch_secret
-        return Boot(info.boots, Path(info.vtpm.interface), Path(info.launch_secret), resumes)
+        secret = Path(info.launch_secret)
+        if handoff is not None:
+            secret = bound_secret(secret, self.root / "secret.sock", ComingMemory(handoff, STOP))
+        return Boot(info.boots, Path(info.vtpm.interface), secret, handoff is not None)
 
     async def running(self, host: str) -> EmulatedVm:
         """The VM, in its first boot."""
@@ -59,9 +64,9 @@ class Hosts:
         await vm.start(self.boot(self.sp.info(LaunchVm(vm_id=self.vm_id))))
         return vm
 
-    async def resume(self, vm: EmulatedVm) -> None:
+    async def resume(self, vm: EmulatedVm, handoff: bytes = HANDOFF) -> None:
         """Goes on, in the boot that it was in."""
-        await vm.start(self.boot(self.sp.info(StartVm(vm_id=self.vm_id)), resumes=True))
+        await vm.start(self.boot(self.sp.info(StartVm(vm_id=self.vm_id)), handoff))
 
     async def shell(self, vm: VirtualMachine, script: str) -> str:
         """What a script in it prints."""
@@ -120,7 +125,7 @@ def test_a_running_vm_moves_from_host_to_host(hosts: Hosts) -> None:
             await source.stop()
             assert source.pid is None
 
-            await destination.put_memory(HANDOFF, STOP, newest(records))
+            await destination.put_memory(newest(records))
             await hosts.resume(destination)
             assert destination.state == "running"
             assert await hosts.shell(destination, "sha1sum much note; tpm2_pcrread sha1:16") == known
@@ -148,8 +153,8 @@ def test_a_halted_vm_goes_on_and_can_move_later(hosts: Hosts) -> None:
             hosts.sp.info(HibernateVm(vm_id=hosts.vm_id))
             records += await gathered(source.finish_copy(b"x" * 16, STOP))
             await source.stop()
-            await destination.put_memory(b"x" * 16, STOP, newest(records))
-            await hosts.resume(destination)
+            await destination.put_memory(newest(records))
+            await hosts.resume(destination, b"x" * 16)
             assert await hosts.shell(destination, "cat note") == "on\n"
             await destination.stop()
 
@@ -183,7 +188,7 @@ def test_memory_that_is_not_the_last_word_does_not_come_up_and_is_kept(hosts: Ho
             hosts.sp.info(HibernateVm(vm_id=hosts.vm_id))
             last = await gathered(source.finish_copy(HANDOFF, STOP))
             await source.stop()
-            await destination.put_memory(HANDOFF, STOP, newest([*first, last[-1]]))
+            await destination.put_memory(newest([*first, last[-1]]))
             with pytest.raises(MachineFailed, match="did not come up"):
                 await hosts.resume(destination)
             assert destination.state == "none"
@@ -202,13 +207,13 @@ def newest(records: list[bytes]) -> NewestRecords:
 
 
 def _stream(records: list[bytes]) -> bytes:
-    return newest(records).stream(HANDOFF, STOP)
+    return newest(records).stream()
 
 
 def test_memory_without_its_end_is_not_stored(hosts: Hosts) -> None:
     vm = hosts.vm("b")
     with pytest.raises(MemoryStreamDamaged):
-        asyncio.run(vm.put_memory(HANDOFF, STOP, newest([])))
+        asyncio.run(vm.put_memory(newest([])))
     assert not vm.image.exists()
 
 

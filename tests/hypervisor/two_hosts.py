@@ -127,7 +127,7 @@ class Pair:
     def receive(self, vm_id: uuid.UUID, gone: HandoffReport) -> HandoffReport:
         """The destination is told that it has the VM."""
         assert gone.outcome == "gone", gone
-        report = self.b.order(vm_id, "running", handoff=gone.handoff, token=gone.token, stop_nonce=gone.stop_nonce)
+        report = self.b.order(vm_id, "running", handoff=gone.handoff, token=gone.token)
         come = handoff_of(report)
         assert come.outcome == "come"
         return come

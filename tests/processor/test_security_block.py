@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.pretty import pprint
 
-from spvtpm.processor.security_block import Arrival, Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.arrival import Arrival
+from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, SpvtpmError, WrongState
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.mailbox import derive_boot_key
@@ -31,7 +32,12 @@ OWNERSHIP = Ownership(
 )
 
 ARRIVAL = Arrival(
-    handoff=bytes(16), source=bytes(16), commit_sha256=bytes(32), abort_sha256=bytes(32), receipt=bytes(32)
+    handoff=bytes(16),
+    source=bytes(16),
+    commit_sha256=bytes(32),
+    abort_sha256=bytes(32),
+    receipt=bytes(32),
+    stop_nonce=b"s" * 32,
 )
 
 RUNNING, STOPPED, FAILED, HIBERNATED = VmState.RUNNING, VmState.STOPPED, VmState.FAILED, VmState.HIBERNATED
@@ -372,8 +378,8 @@ def stored_fields() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 3},
-        {"format": 5},
+        {"format": 4},
+        {"format": 6},
         {"boots": -1},
         {"boots": 1 << 63},
         {"boots": "1"},
@@ -423,3 +429,16 @@ def test_a_record_that_lacks_a_field_is_damaged() -> None:
         less = {key: value for key, value in fields["ownership"].items() if key != name}
         with pytest.raises(IntegrityError, match="is damaged"):
             VmSecurityBlock.from_record(VM, msgspec.msgpack.encode(fields | {"ownership": less}))
+
+
+@pytest.mark.attack("A30")
+def test_memory_from_another_host_is_named_in_the_first_boot_alone() -> None:
+    """In a later one, the VM has been running, and memory from before would be a way back in time."""
+    leaving = msgspec.structs.replace(VmSecurityBlock.provision(VM, OWNERSHIP), vtpm_id=VTPM).launch().leave()
+    arrived = VmSecurityBlock.arrive(VM, leaving.moving_part(bytes(16)), ARRIVAL, bytes(32))
+    for first in (arrived.go_live(None, running=True), arrived.go_live(None, running=False).start()):
+        named = first.launch_secret().memory
+        assert named is not None and (named.handoff_id, named.stop_nonce) == (ARRIVAL.handoff, ARRIVAL.stop_nonce)
+        for later in (first.stop().start(), first.hibernate().start()):
+            assert later.launch_secret().memory is None
+    assert leaving.launch_secret().memory is None

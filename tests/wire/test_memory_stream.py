@@ -55,12 +55,12 @@ class Source:
         return seal_final(self.vm_key, self.handoff, stop, self.ledger, len(memory))
 
 
-def stream(records: Sequence[bytes], handoff: bytes = HANDOFF, stop: bytes = STOP) -> bytes:
+def stream(records: Sequence[bytes]) -> bytes:
     """As a destination gathers it."""
     gathered = NewestRecords()
     for record in records:
         gathered.take(record)
-    return gathered.stream(handoff, stop)
+    return gathered.stream()
 
 
 def ledger_of(records: Sequence[bytes]) -> PageLedger:
@@ -82,7 +82,7 @@ MEMORIES = st.builds(memory_of, st.integers(1, 5), st.integers(0, 255), st.sampl
 def refused(records: Sequence[bytes], handoff: bytes = HANDOFF, stop: bytes = STOP) -> None:
     """By whoever restores it, and, where its records can be parsed, by a secure processor on the way."""
     with pytest.raises(MemoryStreamDamaged):
-        open_stream(KEY, stream(records, handoff, stop))
+        open_stream(KEY, handoff, stop, stream(records))
     with pytest.raises(MemoryStreamDamaged):
         verify_final(KEY, handoff, stop, ledger_of(records[:-1]), records[-1])
 
@@ -96,9 +96,9 @@ def _read(file: Path) -> dict[str, str]:
 def test_a_good_vector_opens_and_is_written_the_same(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vector = {name: bytes.fromhex(value) for name, value in _read(file).items() if name != "expect"}
     memory, data, handoff, stop = (vector[name] for name in ("memory", "stream", "handoff-id", "stop-nonce"))
-    assert open_stream(vector["vm-key"], data) == memory
+    assert open_stream(vector["vm-key"], handoff, stop, data) == memory
 
-    nonces = {record.nonce: record for record in split_records(data, 58)}
+    nonces = {record.nonce: record for record in split_records(data, 10)}
     assert b"".join(nonces) == vector["nonces"]
     newest = [*parse_stream(data).pages.values(), parse_stream(data).final]
     left = [record.nonce for record in newest if record.index * PAGE_BYTES < max(1, len(memory))]
@@ -117,7 +117,7 @@ def test_a_good_vector_opens_and_is_written_the_same(file: Path, monkeypatch: py
 def test_a_bad_vector_is_refused(file: Path) -> None:
     vector = _read(file)
     with pytest.raises(MemoryStreamDamaged) as error:
-        open_stream(bytes.fromhex(vector["vm-key"]), bytes.fromhex(vector["stream"]))
+        open_stream(*(bytes.fromhex(vector[name]) for name in ("vm-key", "handoff-id", "stop-nonce", "stream")))
     assert error.value.code == vector["expect"]
     assert isinstance(error.value, ImageDamaged)
 
@@ -136,7 +136,7 @@ def test_any_mix_of_rounds_restores_what_was_there_last(memories: list[bytes], d
         last |= pages
     final = source.final(memories[-1])
     verify_final(KEY, HANDOFF, STOP, ledger_of(records), final)
-    assert open_stream(KEY, stream([*records, final])) == memories[-1]
+    assert open_stream(KEY, HANDOFF, STOP, stream([*records, final])) == memories[-1]
 
 
 @given(st.integers(2, 4), st.data())
@@ -146,7 +146,7 @@ def test_an_older_page_of_the_same_stream_is_refused(pages: int, data: st.DataOb
     older = source.round(memory_of(pages, 1))
     newer = source.round(memory_of(pages, 2))
     final = source.final(memory_of(pages, 2))
-    assert open_stream(KEY, stream([*older, *newer, final])) == memory_of(pages, 2)
+    assert open_stream(KEY, HANDOFF, STOP, stream([*older, *newer, final])) == memory_of(pages, 2)
     at = data.draw(st.sets(st.integers(0, pages - 1), min_size=1))
     kept = [older[index] if index in at else newer[index] for index in range(pages)]
     refused([*kept, final])
@@ -166,7 +166,9 @@ def test_pages_in_another_order_of_rounds_lost_or_of_elsewhere_are_refused(data:
         refused([*records[:at], *stranger.round(memory)[at : at + 1], *records[at + 1 :], final])
     refused([*records[:at], *records[at + 1 :], final])
     shuffled = data.draw(st.permutations(records))
-    assert open_stream(KEY, stream([*shuffled, final])) == memory  # whatever order pages of one round come in
+    assert (
+        open_stream(KEY, HANDOFF, STOP, stream([*shuffled, final])) == memory
+    )  # whatever order pages of one round come in
 
 
 @pytest.mark.attack("A18")
@@ -195,7 +197,7 @@ def test_a_whole_stream_of_an_earlier_handoff_is_refused() -> None:
     memory = memory_of(2, 1)
     earlier = Source(b"e" * 16)
     records = [*earlier.round(memory), earlier.final(memory)]
-    assert open_stream(KEY, stream(records, b"e" * 16)) == memory
+    assert open_stream(KEY, b"e" * 16, STOP, stream(records)) == memory
     refused(records)
 
 
@@ -210,7 +212,7 @@ def test_an_altered_or_truncated_stream_is_refused(data: st.DataObject) -> None:
     altered[at] ^= 1 << data.draw(st.integers(0, 7))
     for damaged in (bytes(altered), good[:at], good + good[at:]):
         with pytest.raises(MemoryStreamDamaged):
-            open_stream(KEY, damaged)
+            open_stream(KEY, HANDOFF, STOP, damaged)
 
 
 def test_a_page_is_never_sealed_twice_under_one_nonce() -> None:
@@ -225,7 +227,7 @@ def test_the_longest_memory_is_a_stream_that_can_be_kept_as_an_image() -> None:
     source = Source()
     data = stream([*source.round(memory), source.final(memory)])
     assert len(data) <= MAX_IMAGE_BYTES
-    assert open_stream(KEY, data) == memory
+    assert open_stream(KEY, HANDOFF, STOP, data) == memory
 
 
 def test_a_record_fits_into_a_frame_of_a_relay() -> None:
@@ -238,7 +240,7 @@ def test_nothing_comes_behind_a_final_record_and_no_stream_is_without_one() -> N
     gathered = NewestRecords()
     gathered.take(page)
     with pytest.raises(MemoryStreamDamaged, match="missing"):
-        gathered.stream(HANDOFF, STOP)
+        gathered.stream()
     assert not gathered.is_whole
     gathered.take(source.final(b"memory"))
     assert gathered.is_whole

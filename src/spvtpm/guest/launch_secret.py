@@ -6,13 +6,13 @@ import socket
 from pathlib import Path
 
 from spvtpm.wire.errors import VmKeyError
-from spvtpm.wire.launch_secret import LAUNCH_SECRET_BYTES
+from spvtpm.wire.launch_secret import MAX_LAUNCH_SECRET_BYTES, LaunchSecret, parse_launch_secret
 
 _PATIENCE_S = 30.0
 
 
-def take_launch_secret(path: Path) -> bytes:
-    """The VM key, 32 bytes; nobody gets it again in this boot.
+def take_launch_secret(path: Path) -> LaunchSecret:
+    """The VM key and what goes with it; nobody gets it again in this boot.
 
     Raises:
         VmKeyError: it was taken before, is not for this user, or there is none.
@@ -22,12 +22,10 @@ def take_launch_secret(path: Path) -> bytes:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
             connection.settimeout(_PATIENCE_S)
             connection.connect(str(path))
-            while len(secret) <= LAUNCH_SECRET_BYTES and (data := connection.recv(LAUNCH_SECRET_BYTES)):
+            while len(secret) <= MAX_LAUNCH_SECRET_BYTES and (data := connection.recv(MAX_LAUNCH_SECRET_BYTES)):
                 secret += data
     except OSError as error:
         raise VmKeyError(f"no launch secret at {path}: {error.strerror or error}") from None
     if not secret:
         raise VmKeyError("the launch secret of this boot was taken before, or is not for this user")
-    if len(secret) != LAUNCH_SECRET_BYTES:
-        raise VmKeyError(f"the launch secret has another length than {LAUNCH_SECRET_BYTES} bytes")
-    return secret
+    return parse_launch_secret(secret)

@@ -38,6 +38,7 @@ from spvtpm.guest.own_process import adopt_orphans, protect_own_memory
 from spvtpm.guest.vtpm_door import VtpmDoor
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES
 from spvtpm.wire.errors import InterfaceError, ResourceError, SpvtpmError, StorageError, WrongState
+from spvtpm.wire.launch_secret import ComingMemory
 from spvtpm.wire.machine_control import (
     AwaitReady,
     ControlRequest,
@@ -50,7 +51,6 @@ from spvtpm.wire.machine_control import (
     MemoryCopied,
     PowerOff,
 )
-from spvtpm.wire.memory_records import is_stream
 from spvtpm.wire.memory_stream import open_stream
 
 log = logging.getLogger(__name__)
@@ -136,14 +136,15 @@ class Machine:
 
     def _boot(self) -> None:
         place = self._place
-        self._vm_key = take_launch_secret(place.secret)
+        secret = take_launch_secret(place.secret)
+        self._vm_key = secret.vm_key
         try:
             self._memory.mkdir(mode=0o700)
         except OSError as error:
             raise StorageError(f"cannot make {self._memory}: {error.strerror}") from None
         if place.resumes:
             image = read_file(place.directory / "image", MAX_IMAGE_BYTES)
-            unpack(self._open(image), self._memory)
+            unpack(self._open(image, secret.memory), self._memory)
         self._copy = MemoryCopy(self._vm_key, self._memory, place.directory / "copy")
         if place.interface is not None:
             self._door = VtpmDoor(place.interface, place.directory / "tpm", self._vm_key)
@@ -151,9 +152,14 @@ class Machine:
             self._commands = Commands(self._memory, self._door.tcti)
         self._state = "running"
 
-    def _open(self, image: bytes) -> bytes:
-        if is_stream(image):
-            return open_stream(self._vm_key, image)
+    def _open(self, image: bytes, coming: ComingMemory | None) -> bytes:
+        """Its memory, if it is of the kind that the secure processor says.
+
+        Raises:
+            ImageDamaged: it is not, or was altered.
+        """
+        if coming is not None:
+            return open_stream(self._vm_key, coming.handoff_id, coming.stop_nonce, image)
         return open_image(self._vm_key, self._place.vm_id, image)
 
     def _end(self) -> None:

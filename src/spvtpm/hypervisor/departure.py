@@ -38,7 +38,7 @@ _Result = TypeVar("_Result")
 
 
 class Departure:
-    """One handoff at its source. Life: construct → `linked()` → `stop` → `finish` → `close()`; or `interrupt`.
+    """One handoff at its source. Life: construct → `linked()` → `move` → `close()`; or `interrupt`.
 
     Args:
         sp: the host's secure processor.
@@ -54,17 +54,14 @@ class Departure:
         self.handoff = handoff
         self._link_by_s = time.monotonic() + LINK_WITHIN_S
         self._is_linked = False
-        self._is_stopped = False
         self._unwanted = asyncio.Event()
         self._memory: FrameStream | None = None
         self._cleanup = AsyncExitStack()
         self.copied_bytes = 0
 
     @property
-    def way(self) -> Literal["none", "waiting", "linked", "stopped"]:
+    def way(self) -> Literal["none", "waiting", "linked"]:
         """To the other end, as of `steps.Way`."""
-        if self._is_stopped:
-            return "stopped"
         if self._is_linked:
             return "linked"
         return "waiting" if time.monotonic() < self._link_by_s else "none"
@@ -85,35 +82,30 @@ class Departure:
         """It is not wanted any more: whoever waits in it learns that."""
         self._unwanted.set()
 
-    async def stop(self) -> bytes:
-        """Sends memory until little is left, halts the machine, and has the vTPM stopped; gives the stop nonce, 32 bytes.
+    async def move(self) -> bytes:
+        """Moves it; gives the commit token, 32 bytes.
+
+        Sends memory until little is left, halts the machine, has the vTPM stopped, sends the rest, and has the vTPM given up.
 
         Raises:
-            SpvtpmError: it does not leave. The machine may be halted.
+            SpvtpmError: it was not given up, or that is not known. The machine may be halted.
         """
+        await self._send_rounds()
+        await self._machine.halt()
+        stop = SendStop(vm_id=self._vm_id, handoff=self.handoff)
+        stopped = await self._unless_unwanted(self._sp.call(stop, SendStopped))
+        await self._send(self._machine.finish_copy(self.handoff, stopped.stop_nonce))
+        finish = SendFinish(vm_id=self._vm_id, handoff=self.handoff)
+        return (await self._unless_unwanted(self._sp.call(finish, HandoffToken))).token
+
+    async def _send_rounds(self) -> None:
         self._memory = await self._open_memory()
         before = 0
         for _round in range(MAX_ROUNDS):
             sent = await self._send(self._machine.copy_memory(self.handoff))
             if sent <= _LITTLE_BYTES or (before and sent > before * 3 // 4):  # it changes as fast as it goes
-                break
+                return
             before = sent
-        await self._machine.halt()
-        stopped = await self._unless_unwanted(
-            self._sp.call(SendStop(vm_id=self._vm_id, handoff=self.handoff), SendStopped)
-        )
-        self._is_stopped = True
-        return stopped.stop_nonce
-
-    async def finish(self, stop_nonce: bytes) -> bytes:
-        """Sends the rest of the memory, and has the vTPM given up; gives the commit token, 32 bytes.
-
-        Raises:
-            SpvtpmError: it was not given up, or that is not known.
-        """
-        await self._send(self._machine.finish_copy(self.handoff, stop_nonce))
-        request = SendFinish(vm_id=self._vm_id, handoff=self.handoff)
-        return (await self._unless_unwanted(self._sp.call(request, HandoffToken))).token
 
     async def close(self) -> None:
         """Ends; the link is the secure processor's."""
@@ -126,7 +118,7 @@ class Departure:
 
     async def _send(self, records: AsyncIterator[bytes]) -> int:
         stream = self._memory
-        assert stream is not None  # noqa: S101  # `stop` has opened it
+        assert stream is not None  # noqa: S101  # `move` has opened it
         sent = 0
         async for record in records:
             try:

@@ -266,14 +266,14 @@ class EmulatedVm:
             raise MachineFailed(f"the machine of VM {self._vm_id} has written something else than it says")
         return records
 
-    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, memory: NewestRecords) -> None:
+    async def put_memory(self, memory: NewestRecords) -> None:
         """Stores its memory as it came from another host, durably, as its image.
 
         Raises:
             MemoryStreamDamaged: the final record is missing.
             StorageError: it cannot be written.
         """
-        await self._directory.put_image(memory.stream(handoff_id, stop_nonce))
+        await self._directory.put_image(memory.stream())
 
     async def forget_image(self) -> None:
         """Removes the image, durably."""

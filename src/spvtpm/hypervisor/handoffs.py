@@ -64,7 +64,7 @@ class Handoffs:
         if record is None or told is None:
             return None
         found = self._departure if record.side == "source" else self._arrival
-        is_linked = self.way(record) in ("linked", "stopped")
+        is_linked = self.way(record) == "linked"
         return replace(told, is_linked=is_linked, copied_bytes=found.copied_bytes if found is not None else 0)
 
     @contextmanager
@@ -96,14 +96,14 @@ class Handoffs:
         match step:
             case Step.SEND_START:
                 return await self._send_start(record)
-            case Step.MOVE | Step.FINISH_MOVE:
-                return await self._move(step, record)
+            case Step.MOVE:
+                return await self._move(record)
             case Step.SETTLE:
                 return await self.settle(record)
             case Step.RECEIVE_START:
                 return await self._receive_start(record, _brought(record))
             case Step.KEEP_MEMORY:
-                return await self._keep_memory(record, _brought(record))
+                return await self._keep_memory(record)
             case Step.RECEIVE_FINISH:
                 return await self._receive_finish(record, _brought(record))
             case Step.RECEIVE_CANCEL:
@@ -130,15 +130,12 @@ class Handoffs:
         self._departure = Departure(self._sp, self._machine, self._vm_id, begun.handoff)
         return replace(record, handoff=HandoffRecord(handoff=begun.handoff.hex(), side="source"))
 
-    async def _move(self, step: Step, record: Record) -> Record:
+    async def _move(self, record: Record) -> Record:
         """A failure is none of the order: the handoff is taken back then, and the VM runs on."""
         departure, handoff = self._departure, record.handoff
         assert departure is not None and handoff is not None  # noqa: S101  # there is a way
         try:
-            if step is Step.MOVE:
-                stop_nonce = await departure.stop()
-                return replace(record, handoff=replace(handoff, stop_nonce=stop_nonce.hex()))
-            token = await departure.finish(bytes.fromhex(handoff.stop_nonce or ""))
+            token = await departure.move()
         except SpvtpmError as error:
             log.warning("VM %s does not leave: %s", self._vm_id, error)
             handoff = replace(handoff, failure=str(error)[:_MAX_FAILURE])
@@ -180,15 +177,15 @@ class Handoffs:
         self._arrival = Arrival(self._sp, self._vm_id, name)
         return replace(record, handoff=HandoffRecord(handoff=brought.handoff, side="destination"))
 
-    async def _keep_memory(self, record: Record, brought: Brought) -> Record:
+    async def _keep_memory(self, record: Record) -> Record:
         arrival = self._arrival
         assert arrival is not None  # noqa: S101  # there is a way
         memory = await arrival.memory()
         await self.close()
-        if memory is None or brought.stop_nonce is None:
+        if memory is None:
             log.error("VM %s: its memory has not come whole: it will boot", self._vm_id)
             return record
-        await self._machine.put_memory(bytes.fromhex(brought.handoff), bytes.fromhex(brought.stop_nonce), memory)
+        await self._machine.put_memory(memory)
         return replace(record, resuming=True)
 
     async def _receive_finish(self, record: Record, brought: Brought) -> Record:
@@ -224,7 +221,6 @@ def report_of(record: HandoffRecord | None) -> HandoffReport | None:
         outcome=record.outcome,
         is_linked=False,
         copied_bytes=0,
-        stop_nonce=record.stop_nonce,
         token=record.token,
         failure=record.failure,
     )

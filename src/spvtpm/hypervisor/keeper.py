@@ -362,7 +362,7 @@ class VmKeeper:
 def _brought(order: Order) -> Brought | None:
     if order.handoff is None:
         return None
-    return Brought(handoff=order.handoff, token=order.token, stop_nonce=order.stop_nonce)
+    return Brought(handoff=order.handoff, token=order.token)
 
 
 def _changed(newest: Record, before: Record, by_step: Record) -> Record:

@@ -31,7 +31,6 @@ class Brought(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     handoff: HandoffName
     token: TokenText | None = None
-    stop_nonce: TokenText | None = None
 
 
 class HandoffRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -41,7 +40,6 @@ class HandoffRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         handoff: its id.
         side: on which this host is.
         outcome: as of `agent_api.HandoffReport`, as the next ones.
-        stop_nonce: as told there.
         token: as told there.
         failure: as told there.
     """
@@ -49,7 +47,6 @@ class HandoffRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     handoff: HandoffName
     side: Literal["source", "destination"]
     outcome: HandoffOutcome = "open"
-    stop_nonce: TokenText | None = None
     token: TokenText | None = None
     failure: Sentence = ""
 

@@ -34,8 +34,7 @@ class Step(Enum):
     FORGET_IMAGE = auto()  # its image is of no use any more
     REMOVE = auto()  # what the host has of it goes
     SEND_START = auto()  # the secure processor begins a handoff to another
-    MOVE = auto()  # the machine's memory goes there; machine and vTPM are halted, and the vTPM follows
-    FINISH_MOVE = auto()  # the rest of the memory follows, and the secure processor gives the vTPM up
+    MOVE = auto()  # the machine's memory goes there, then both are halted, the vTPM follows, and is given up
     SETTLE = auto()  # the handoff does not go on: the vTPM stays, if it was not given up
     RECEIVE_START = auto()  # the secure processor expects the VM
     KEEP_MEMORY = auto()  # the memory that has come becomes its image
@@ -44,8 +43,8 @@ class Step(Enum):
     FORGET_HANDOFF = auto()  # the other host has told that it has it
 
 
-Way = Literal["none", "waiting", "linked", "stopped", "ended"]
-"""To the other end of an open handoff. Source: not tried, or not any more; no link yet; there is one; the vTPM was stopped.
+Way = Literal["none", "waiting", "linked", "ended"]
+"""To the other end of an open handoff. Source: not tried, or not any more; no link yet; there is one.
 Destination: not expected; expected; there is a link; whatever was to come of the memory has come, or will not."""
 
 
@@ -134,7 +133,7 @@ def _of_open_handoff(sight: Sight, handoff: HandoffRecord) -> Step | None:
     if handoff.side == "source":
         if sight.want != "departing" or sight.way == "none":
             return Step.SETTLE
-        return {"linked": Step.MOVE, "stopped": Step.FINISH_MOVE}.get(sight.way, Step.NOTHING)
+        return Step.MOVE if sight.way == "linked" else Step.NOTHING
     is_here = sight.block is not None
     is_this_one = sight.brought is not None and sight.brought.handoff == handoff.handoff
     if sight.want == "arriving" and is_this_one:

@@ -145,12 +145,10 @@ class VirtualMachine(Protocol):
             SpvtpmError: it cannot be copied, and is halted still.
         """
 
-    async def put_memory(self, handoff_id: bytes, stop_nonce: bytes, memory: NewestRecords) -> None:
+    async def put_memory(self, memory: NewestRecords) -> None:
         """Stores memory that came from another host, durably, as the image with which a machine goes on.
 
         Args:
-            handoff_id: 16 bytes.
-            stop_nonce: 32 bytes.
             memory: whole.
 
         Raises:

@@ -114,7 +114,7 @@ class _Offer:
             try:
                 block = await self._note(self._vm_id, self._boot_id, "launch-secret-taken", f"by user {uid}")
                 if block is not None:
-                    connection.send(block.ownership.vm_key)
+                    connection.send(block.launch_secret().encode())
             except (SpvtpmError, OSError) as error:
                 log.error("VM %s: its launch secret was not handed over: %s", self._vm_id, error)
 

@@ -27,12 +27,13 @@ from typing import Annotated, Literal, Self
 import msgspec
 from msgspec import Meta
 
+from spvtpm.processor.arrival import Arrival
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, MessageError, MigrationForbidden, WrongState
 from spvtpm.wire.instance_content import Label, Policy
 from spvtpm.wire.instance_file import SECRET_BYTES
+from spvtpm.wire.launch_secret import ComingMemory, LaunchSecret
 from spvtpm.wire.mailbox import KEY_BYTES, derive_boot_key
-from spvtpm.wire.messages import HandoffId, Token
 from spvtpm.wire.owner_certificates import FINGERPRINT_BYTES
 from spvtpm.wire.owner_messages import MAX_EVENTS, Event
 
@@ -83,32 +84,8 @@ class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return [("owner", self.owner.hex())]
 
 
-class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a VM has come from another secure processor. Its `repr` shows no token.
-
-    Attributes:
-        handoff: its id.
-        source: chip that it came from, 16 bytes.
-        commit_sha256: of the token on which it may run here.
-        abort_sha256: of the token on which it is to be thrown away.
-        receipt: tells its source that it runs here.
-    """
-
-    handoff: HandoffId
-    source: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    commit_sha256: _Sha256
-    abort_sha256: _Sha256
-    receipt: Token
-
-    def __repr__(self) -> str:
-        return f"Arrival(handoff={self.handoff.hex()})"
-
-    def __rich_repr__(self) -> list[tuple[str, object]]:
-        return [("handoff", self.handoff.hex())]
-
-
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Annotated[int, Meta(ge=4, le=4)]
+    format: Annotated[int, Meta(ge=5, le=5)]
     vm_id: uuid.UUID
     ownership: Ownership
     vtpm_id: uuid.UUID | None
@@ -277,7 +254,8 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         except UNDECODABLE:
             raise MessageError("the part of the security block that moves is not what its format allows") from None
         rest = (part.boots, part.vtpm_id, part.version, part.events)
-        return cls(vm_id, part.ownership, VmState.ARRIVING, None, *rest, moves_key=moves_key, arrival=arrival)
+        come = msgspec.structs.replace(arrival, boots=part.boots)
+        return cls(vm_id, part.ownership, VmState.ARRIVING, None, *rest, moves_key=moves_key, arrival=come)
 
     @property
     def is_arriving(self) -> bool:
@@ -348,6 +326,13 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         event = Event(time_s=int(time.time()), what=what, detail=clean)
         return msgspec.structs.replace(self, events=(*self.events, event)[-MAX_EVENTS:])
 
+    def launch_secret(self) -> LaunchSecret:
+        """What the VM gets for the boot under way: in the first one after it came, the memory that came with it."""
+        come = self.arrival
+        if come is None or self.boots != come.boots + 1:
+            return LaunchSecret(self.ownership.vm_key)
+        return LaunchSecret(self.ownership.vm_key, ComingMemory(come.handoff, come.stop_nonce))
+
     def boot_key(self) -> bytes:
         """The 32-byte key of the boot under way."""
         assert self.boot_id is not None  # noqa: S101  # a running block has one
@@ -365,7 +350,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
             VmState.ARRIVING: "arriving",
         }
         record = _Record(
-            format=4,
+            format=5,
             vm_id=self.vm_id,
             ownership=self.ownership,
             vtpm_id=self.vtpm_id,

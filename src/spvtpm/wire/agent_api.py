@@ -51,7 +51,7 @@ HandoffName = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 """Of a handoff: its id, 16 bytes in hexadecimal."""
 
 TokenText = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-"""A token of a handoff, or its stop nonce: 32 bytes in hexadecimal. Not secret from those who carry it."""
+"""A token of a handoff: 32 bytes in hexadecimal. Not secret from those who carry it."""
 
 HandoffOutcome = Literal["open", "kept", "gone", "come"]
 """Of a handoff, at one host: `open`; at the source `kept` (the VM stays) or `gone`; at the destination `come`."""
@@ -95,14 +95,12 @@ class Order(_Part, frozen=True):
         want: how.
         handoff: of which it is a part: `arriving`; `running` for a VM that has come, `absent` for one that has not, or has gone.
         token: of that handoff, from the other host: commit with `running`; abort, or the receipt, with `absent`.
-        stop_nonce: of that handoff, with `running`: the end of the VM's memory depends on it.
     """
 
     sequence: Sequence
     want: WantedState
     handoff: HandoffName | None = None
     token: TokenText | None = None
-    stop_nonce: TokenText | None = None
 
 
 class HandoffReport(_Part, frozen=True):
@@ -113,7 +111,6 @@ class HandoffReport(_Part, frozen=True):
         outcome: what became of it.
         is_linked: whether the link to the other side is there.
         copied_bytes: of the VM's memory that have gone out, or have come; pages that changed count again.
-        stop_nonce: at the source, once the vTPM was stopped.
         token: for the other side: abort when it is `kept`, commit when it is `gone`, the receipt when it has `come`.
         failure: why it is `kept`, or empty: nobody wants it any more.
     """
@@ -122,7 +119,6 @@ class HandoffReport(_Part, frozen=True):
     outcome: HandoffOutcome
     is_linked: bool
     copied_bytes: Annotated[int, Meta(ge=0)]
-    stop_nonce: TokenText | None = None
     token: TokenText | None = None
     failure: Sentence = ""
 

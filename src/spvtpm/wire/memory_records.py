@@ -1,7 +1,7 @@
 """The memory of a VM that moves while it runs, as those carry it who have no key: sealed records, a page each, and a last one.
 
     record   version u8 = 1, kind u8, index u32, n u32, nonce 12 bytes, content of n bytes as ciphertext, tag 16 bytes
-    stream   "SPVTPMST", version u16 = 1, handoff id 16 bytes, stop nonce 32 bytes, records; the final one is the last
+    stream   "SPVTPMST", version u16 = 1, records; the final one is the last
 
 All little-endian. A page may come again: the newest record of an index counts. What is in a record, `memory_stream.py` knows.
 
@@ -44,7 +44,7 @@ MAX_ROUND_BYTES: Final = MAX_PAGES * MAX_RECORD_BYTES + RECORD_HEADER.size + FIN
 
 VERSION: Final = 1
 STREAM_MAGIC: Final = b"SPVTPMST"
-_STREAM_HEADER: Final = struct.Struct(f"<8sH{HANDOFF_BYTES}s{STOP_NONCE_BYTES}s")
+_STREAM_HEADER: Final = struct.Struct("<8sH")
 
 
 class Kind(IntEnum):
@@ -203,19 +203,15 @@ class NewestRecords:
         else:
             self._pages[record.index] = record
 
-    def stream(self, handoff_id: bytes, stop_nonce: bytes) -> bytes:
+    def stream(self) -> bytes:
         """All as one file.
-
-        Args:
-            handoff_id: 16 bytes.
-            stop_nonce: 32 bytes.
 
         Raises:
             MemoryStreamDamaged: the final record is missing.
         """
         if self._final is None:
             raise MemoryStreamDamaged("the final record of a memory stream is missing")
-        header = _STREAM_HEADER.pack(STREAM_MAGIC, VERSION, handoff_id, stop_nonce)
+        header = _STREAM_HEADER.pack(STREAM_MAGIC, VERSION)
         return b"".join([header, *(self._pages[index].data for index in sorted(self._pages)), self._final.data])
 
 
@@ -224,23 +220,14 @@ class Stream:
     """A stream as a file.
 
     Attributes:
-        handoff_id: to which it belongs.
-        stop_nonce: of that handoff.
         pages: the newest record of each, by its index.
         ledger: of the same.
         final: the last record.
     """
 
-    handoff_id: bytes
-    stop_nonce: bytes
     pages: dict[int, Record]
     ledger: PageLedger
     final: Record
-
-
-def is_stream(data: bytes) -> bool:
-    """Whether a file of a VM's memory says that it is a stream."""
-    return data.startswith(STREAM_MAGIC)
 
 
 def parse_stream(data: bytes) -> Stream:
@@ -251,7 +238,7 @@ def parse_stream(data: bytes) -> Stream:
     """
     if not _STREAM_HEADER.size <= len(data) <= MAX_IMAGE_BYTES:
         raise MemoryStreamDamaged("the memory stream is too long or too short")
-    magic, version, handoff_id, stop_nonce = _STREAM_HEADER.unpack_from(data)
+    magic, version = _STREAM_HEADER.unpack_from(data)
     if magic != STREAM_MAGIC or version != VERSION:
         raise MemoryStreamDamaged("it is no memory stream of a version known here")
     pages, ledger, final = dict[int, Record](), PageLedger(), None
@@ -265,4 +252,4 @@ def parse_stream(data: bytes) -> Stream:
             ledger.take(record)
     if final is None:
         raise MemoryStreamDamaged("the final record of a memory stream is missing")
-    return Stream(handoff_id, stop_nonce, pages, ledger, final)
+    return Stream(pages, ledger, final)

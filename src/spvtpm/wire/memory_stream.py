@@ -97,21 +97,23 @@ def verify_final(vm_key: bytes, handoff_id: bytes, stop_nonce: bytes, ledger: Pa
     _check_final(vm_key, handoff_id, stop_nonce, ledger, parse_record(data))
 
 
-def open_stream(vm_key: bytes, data: bytes) -> bytes:
+def open_stream(vm_key: bytes, handoff_id: bytes, stop_nonce: bytes, data: bytes) -> bytes:
     """The memory that a stream holds; hostile bytes.
 
     Args:
         vm_key: 32 bytes.
+        handoff_id: in which it has come, 16 bytes.
+        stop_nonce: of that handoff, 32 bytes.
         data: the stream as a file.
 
     Raises:
-        MemoryStreamDamaged: it is no stream of this VM, or was altered; or some of its pages are not the newest.
+        MemoryStreamDamaged: it is no stream of this VM and handoff, or was altered; or some of its pages are not the newest.
     """
     stream = parse_stream(data)
-    memory_bytes = _check_final(vm_key, stream.handoff_id, stream.stop_nonce, stream.ledger, stream.final)
-    cipher = _page_cipher(vm_key, stream.handoff_id)
+    memory_bytes = _check_final(vm_key, handoff_id, stop_nonce, stream.ledger, stream.final)
+    cipher = _page_cipher(vm_key, handoff_id)
     pages = (stream.pages[index] for index in range(page_count(memory_bytes)))
-    return b"".join(_open(cipher, stream.handoff_id, page) for page in pages)
+    return b"".join(_open(cipher, handoff_id, page) for page in pages)
 
 
 def _check_final(vm_key: bytes, handoff_id: bytes, stop_nonce: bytes, ledger: PageLedger, record: Record) -> int:

@@ -41,7 +41,7 @@ def test_memory_comes_as_it_was_in_the_end(chips: TwoChips) -> None:
     gathered = NewestRecords()
     for record in handoff.came:
         gathered.take(record)
-    assert open_stream(chips.a.key(vm_id), gathered.stream(handoff.id, nonce)) == b"new" * 40_000
+    assert open_stream(chips.a.key(vm_id), handoff.id, nonce, gathered.stream()) == b"new" * 40_000
 
 
 def test_until_it_is_stopped_it_runs_and_when_it_is_cancelled_it_goes_on(chips: TwoChips) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import chain
 from typing import Final
 
+from spvtpm.processor.arrival import Arrival
 from spvtpm.processor.ledger import Entry
 from spvtpm.processor.migration.handoff import DESTINATION, Act, Event, State
 from spvtpm.processor.migration.link import PeerLink, meet
@@ -18,7 +19,7 @@ from spvtpm.processor.migration.tokens import check_token, derive_token, sha256_
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.relay_socket import RelaySocket
 from spvtpm.processor.residency import Residency
-from spvtpm.processor.security_block import Arrival, VmSecurityBlock, new_moves_key
+from spvtpm.processor.security_block import VmSecurityBlock, new_moves_key
 from spvtpm.processor.vm_table import block_change, block_removal
 from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
 from spvtpm.wire.certificates import Chain
@@ -215,6 +216,7 @@ class Incoming:
             commit_sha256=vtpm.commit_sha256,
             abort_sha256=vtpm.abort_sha256,
             receipt=derive_token(key, self.handoff, "receipt"),
+            stop_nonce=vtpm.stop_nonce,
         )
         block = VmSecurityBlock.arrive(vtpm.vm_id, vtpm.block, arrival, key)
         self._arriving = block, vtpm
