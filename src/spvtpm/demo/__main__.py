@@ -73,11 +73,13 @@ def tell(story: Story) -> bool:
             cloud = CloudPlatform(directory, story)
             cleanup.callback(cloud.stop)
             alice, bob = (OwnerTerminal(name, directory, cloud, story) for name in ("alice", "bob"))
-        hosts = tuple(SecureProcessorHost(name, directory, story) for name in ("host-1", "host-2", "host-x"))
+        host, next_host, impostor = (SecureProcessorHost(name, directory, story) for name in ("host-1", "host-2", "host-x"))
+        outdated = SecureProcessorHost("host-3", directory, story, firmware=0)
+        hosts = host, next_host, impostor, outdated
         for host in hosts:
             cleanup.callback(host.stop)
         vms = CloudVm("vm-a", alice, story), CloudVm("vm-b", bob, story)
-        cast = Cast(story, directory, vendor, forger, cloud, hosts[0], hosts[1], hosts[2], alice, bob, vms)
+        cast = Cast(story, directory, vendor, forger, cloud, *hosts, alice, bob, vms)
         cleanup.callback(cast.close)
         cleanup.callback(_ignore_signals)  # called first: nothing interrupts the rest
         try:

@@ -26,6 +26,7 @@ class Cast:
         host: where the VMs begin.
         next_host: another one, with a chip of the same fleet.
         impostor: a host with the forger's chip.
+        outdated: a host with a chip of the fleet, and older firmware.
         alice: owner of VM A.
         bob: owner of VM B.
         vms: VM A and VM B.
@@ -42,6 +43,7 @@ class Cast:
     host: SecureProcessorHost
     next_host: SecureProcessorHost
     impostor: SecureProcessorHost
+    outdated: SecureProcessorHost
     alice: OwnerTerminal
     bob: OwnerTerminal
     vms: tuple[CloudVm, CloudVm]

@@ -9,6 +9,7 @@ from pathlib import Path
 from spvtpm.demo.attacker import HostView, PlainVtpm, Watch, borrow_interface
 from spvtpm.demo.cast import Cast
 from spvtpm.demo.cloud_vm import CloudVm
+from spvtpm.demo.migration_chapter import MIGRATION_CLAIMS, migrate
 from spvtpm.demo.owner_chapters import OWNER_CLAIMS, audit, endorse, meet, move, recover
 from spvtpm.demo.stage import ActFailed, wait_until
 from spvtpm.demo.story import Claim, Story
@@ -47,7 +48,20 @@ SURVIVES = Claim(
     "A power cut loses the VM, not what its vTPM had acknowledged",
     "SIGKILL, restart: NV content and keys are there, PCRs are those of a new boot",
 )
-CLAIMS = (BOUND, MEASURES, STORES, SIGNS, SEALS, QUOTES, HIDES, REPLAYS, PARKS, SURVIVES, *OWNER_CLAIMS)
+CLAIMS = (
+    BOUND,
+    MEASURES,
+    STORES,
+    SIGNS,
+    SEALS,
+    QUOTES,
+    HIDES,
+    REPLAYS,
+    PARKS,
+    SURVIVES,
+    *MIGRATION_CLAIMS,
+    *OWNER_CLAIMS,
+)
 
 _PCR_EXTEND_BYTES = 65
 """Size of TPM2_PCR_Extend with one SHA-256 digest and an empty password. Source: TPM 2.0 Library Part 3, section 22.2."""
@@ -63,7 +77,7 @@ def create(cast: Cast) -> None:
     )
     with story.showing(BOUND):
         for vm in cast.vms:
-            vm.owner.run("vm", "create", vm.name)
+            vm.owner.run("vm", "create", vm.name, "--minimum-firmware", "1")
             made = vm.owner.attempt("vm", "show", vm.name)
             story.check(f"{vm.name} runs, and its SP says so itself", made.ok and b"active" in made.output)
         story.say("\nNow the hypervisor gives VM A the interface of VM B's vTPM:")
@@ -304,4 +318,4 @@ def _after_power_cut(story: Story, vm: CloudVm) -> None:
     story.check("unsealed again once the PCR is right", unsealed == password_of(vm))
 
 
-CHAPTERS = (meet, create, use, compare, endorse, look, replay, park, cut_power, move, recover, audit)
+CHAPTERS = (meet, create, use, compare, endorse, look, replay, park, cut_power, migrate, move, recover, audit)

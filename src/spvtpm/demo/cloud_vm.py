@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from spvtpm.demo.owner import OwnerTerminal
 from spvtpm.demo.stage import ActFailed, Outcome, telling
 from spvtpm.demo.story import Story
-from spvtpm.terminal.console import run_command
-from spvtpm.terminal.platform_relay import to_console
+from spvtpm.terminal.machines import Site
+from spvtpm.terminal.remote_command import run_in_vm
 from spvtpm.wire.errors import SpvtpmError
 
 _EMPTY_SLOTS = (
@@ -112,14 +112,23 @@ class CloudVm:
         return self._exec("tpm2_getrandom", "--hex", "4").ok
 
     def _exec(self, *words: str, stdin: bytes = b"") -> Outcome:
-        """What `spvtpm vm exec` does, without another process of the terminal each time."""
+        return self.execute(self.owner.site(), *words, stdin=stdin)
+
+    def execute(self, site: Site, *words: str, stdin: bytes = b"") -> Outcome:
+        """What `spvtpm vm exec` does, without another process of the terminal each time.
+
+        Args:
+            site: of its owner; no other thread's.
+            words: the command.
+            stdin: what it reads.
+        """
         written: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         source, sink = os.pipe()
         os.write(sink, stdin)  # a pipe holds what the demo has to say
         os.close(sink)
-        way = to_console(self.owner.platform(), self.vm_id)
         try:
-            code = run_command(way, self.key, self.vm_id, words, lambda to, data: written[to].extend(data), source)
+            owned = site.keyring.owned(self.name)
+            code = run_in_vm(site, owned, words, lambda to, data: written[to].extend(data), source)
         except SpvtpmError as error:
             return Outcome(False, b"", str(error))
         finally:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from spvtpm.demo.platform import CloudPlatform
 from spvtpm.demo.stage import ActFailed, ChipVendor, Outcome, run_tool
 from spvtpm.demo.story import Story
 from spvtpm.terminal.keyring import Keyring
+from spvtpm.terminal.machines import Site
+from spvtpm.terminal.owned import Account
 from spvtpm.terminal.platform import Platform
 
 
@@ -37,11 +41,24 @@ class OwnerTerminal:
     def platform(self) -> Platform:
         """This user's connection to the platform."""
         if self._connection is None:
-            account = self.keyring().content.account
-            if account is None:
-                raise ActFailed(f"{self.name} is not logged in")
-            self._connection = Platform(account)
+            self._connection = Platform(self._account(self.keyring()))
         return self._connection
+
+    def site(self) -> Site:
+        """This user at the platform."""
+        return Site(self.keyring(), self.platform())
+
+    @contextmanager
+    def connected(self) -> Iterator[Site]:
+        """This user at the platform, over a connection of its own: for another thread."""
+        keyring = self.keyring()
+        with Platform(self._account(keyring)) as platform:
+            yield Site(keyring, platform)
+
+    def _account(self, keyring: Keyring) -> Account:
+        if keyring.content.account is None:
+            raise ActFailed(f"{self.name} is not logged in")
+        return keyring.content.account
 
     def attempt(self, *words: str) -> Outcome:
         """Runs a command of `spvtpm`, and tells what the platform saw of it."""

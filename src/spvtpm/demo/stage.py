@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +46,18 @@ class Outcome:
     remarks: tuple[str, ...] = ()
 
 
-def start(words: list[str], log: Path, awaited: bytes) -> subprocess.Popen[bytes]:
+_OLDER_FIRMWARE = """
+from spvtpm.processor import daemon
+daemon.FIRMWARE_VERSION = {}
+from spvtpm.cli import main
+main()
+"""
+
+
+def start(words: list[str], log: Path, awaited: bytes, program: Sequence[str] = SPVTPM) -> subprocess.Popen[bytes]:
     """Starts one of our own processes and waits for its first line."""
     with log.open("ab") as errors:
-        process = subprocess.Popen([*SPVTPM, *words], stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([*program, *words], stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)
     try:
         assert process.stdout is not None  # noqa: S101  # a pipe, as asked for
         with process.stdout as output:
@@ -131,10 +139,12 @@ class SecureProcessorHost:
         name: its state goes to a directory of this name.
         directory: of the story.
         story: where commands are shown.
+        firmware: an older version than ours; None: ours.
     """
 
-    def __init__(self, name: str, directory: Path, story: Story) -> None:
+    def __init__(self, name: str, directory: Path, story: Story, firmware: int | None = None) -> None:
         self.name = name
+        self._program = SPVTPM if firmware is None else (sys.executable, "-c", _OLDER_FIRMWARE.format(firmware))
         self.state = directory / name
         self._log = directory / f"{name}.log"
         self._story = story
@@ -154,7 +164,7 @@ class SecureProcessorHost:
     def start(self) -> None:
         """Its daemon."""
         self._story.command(self._prompt, ["spvtpm", "sp", "run", self.name])
-        self._process = start(["sp", "run", str(self.state)], self._log, b"listening")
+        self._process = start(["sp", "run", str(self.state)], self._log, b"listening", self._program)
 
     def make_agent(self, vendor: ChipVendor) -> None:
         """A new agent beside it, which reads this vendor's list of revoked chips."""
