@@ -73,7 +73,9 @@ def tell(story: Story) -> bool:
             cloud = CloudPlatform(directory, story)
             cleanup.callback(cloud.stop)
             alice, bob = (OwnerTerminal(name, directory, cloud, story) for name in ("alice", "bob"))
-        host, next_host, impostor = (SecureProcessorHost(name, directory, story) for name in ("host-1", "host-2", "host-x"))
+        host, next_host, impostor = (
+            SecureProcessorHost(name, directory, story) for name in ("host-1", "host-2", "host-x")
+        )
         outdated = SecureProcessorHost("host-3", directory, story, firmware=0)
         hosts = host, next_host, impostor, outdated
         for host in hosts:

@@ -19,6 +19,9 @@ _EMPTY_SLOTS = (
 )
 """What the kernel's resource manager (/dev/tpmrm0) does in a real VM between two programs."""
 
+_TIDY = "for kind in --transient-object --loaded-session; do tpm2_flushcontext $kind; done >/dev/null 2>&1; "
+"""The same, and sessions that are saved stay."""
+
 
 @dataclass(slots=True)
 class CloudVm:
@@ -70,6 +73,18 @@ class CloudVm:
             raise ActFailed(f"{words[0]} in {self.name}: {outcome.complaint}")
         if show:
             self.story.output(outcome.output.decode(errors="replace").splitlines())
+        return outcome.output
+
+    def use(self, script: str) -> bytes:
+        """A shell's line of TPM tools that must succeed; sessions that are saved stay.
+
+        Raises:
+            ActFailed: it does not.
+        """
+        self.story.command(self._prompt, ["sh", "-c", script])
+        outcome = self._exec("sh", "-c", _TIDY + script)
+        if not outcome.ok:
+            raise ActFailed(f"{script} in {self.name}: {outcome.complaint}")
         return outcome.output
 
     def write(self, name: str, content: bytes) -> None:

@@ -15,6 +15,10 @@ _RELAYED = re.compile(
     r"to the host (?P<to>\d+) frames, (?P<to_bytes>\d+) bytes; from it (?P<back>\d+) frames, (?P<back_bytes>\d+) bytes"
 )
 
+_LINKED = re.compile(
+    r"link \S+ from host (?P<source>\S+) to host (?P<destination>\S+): (?P<out>\d+) bytes, and (?P<back>\d+) back"
+)
+
 
 class CloudPlatform:
     """A platform on SQLite, on a unix socket.
@@ -70,14 +74,25 @@ class CloudPlatform:
             return []
         text = self.log.read_text()
         new, self._read = text[self._read :], len(text)
-        lines = []
+        seen: dict[tuple[str, str], list[tuple[int, ...]]] = {}
         for found in _RELAYED.finditer(new):
-            self.relayed_bytes += int(found["to_bytes"]) + int(found["back_bytes"])
-            lines.append(
-                f"the platform saw a {found['what']}: {found['to']} frames, {found['to_bytes']} bytes to {found['host']}; "
-                f"{found['back']}, {found['back_bytes']} bytes back"
-            )
-        return lines
+            counts = tuple(int(found[name]) for name in ("to", "to_bytes", "back", "back_bytes"))
+            seen.setdefault((found["what"], found["host"]), []).append(counts)
+        lines = [self._line(what, host, relays) for (what, host), relays in seen.items()]
+        return [*lines, *(self._link(found) for found in _LINKED.finditer(new))]
+
+    def _link(self, found: re.Match[str]) -> str:
+        self.relayed_bytes += int(found["out"]) + int(found["back"])
+        return (
+            f"the platform carried a link between two chips: {found['out']} bytes from {found['source']} to "
+            f"{found['destination']}, {found['back']} back"
+        )
+
+    def _line(self, what: str, host: str, relays: list[tuple[int, ...]]) -> str:
+        to, to_bytes, back, back_bytes = (sum(column) for column in zip(*relays, strict=True))
+        self.relayed_bytes += to_bytes + back_bytes
+        name = f"a {what}" if len(relays) == 1 else f"{len(relays)} {what}s"
+        return f"the platform saw {name}: {to} frames, {to_bytes} bytes to {host}; {back}, {back_bytes} bytes back"
 
     def stop(self) -> None:
         """In order."""
