@@ -125,11 +125,20 @@ def chip_of(vm: Vm, owned: OwnedVm) -> bytes:
     if vm.chip_id is None:
         raise PlatformContradicts(f"the platform says that {vm.name} is {vm.state}, and not at which chip")
     chip_id = bytes.fromhex(vm.chip_id)
+    verify_allowed(owned, chip_id)
+    return chip_id
+
+
+def verify_allowed(owned: OwnedVm, chip_id: bytes) -> None:
+    """Whether a VM's owner wants it at a chip where the platform has it.
+
+    Raises:
+        ChipNotAllowed: he does not.
+    """
     if owned.policy.chips is not None and chip_id not in owned.policy.chips:
         raise ChipNotAllowed(
-            f"the platform has placed {vm.name} at the chip {vm.chip_id}, which its policy does not allow"
+            f"the platform has placed {owned.name} at the chip {chip_id.hex()}, which its policy does not allow"
         )
-    return chip_id
 
 
 def chip_where_it_lives(known: Known | None, owned: OwnedVm) -> bytes | None:

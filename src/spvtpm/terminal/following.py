@@ -1,0 +1,153 @@
+"""Where a VM is that was perhaps moved: its platform moves VMs as their owner wishes, or to empty a host, and asks nobody.
+
+    1  the platform says that it is at another chip than the keyring knows, or that one does not have it
+    2  the chip where it was says to which one it has given the vTPM, if it answers          the keyring remembers
+    3  the new chip is one that the owner allows, verified, and says that the VM is there    the keyring remembers
+
+The platform's word begins this, and decides nothing. A chip is asked for its own part of the story, one after the other; who
+dies in between asks again from where he was.
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+from typing import Final
+
+from spvtpm.terminal.machines import Site, chip_where_it_lives, verify_allowed, vtpm_of
+from spvtpm.terminal.operations import wait_for_end
+from spvtpm.terminal.owned import OwnedVm
+from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
+from spvtpm.wire.owner_messages import Fate, MyVm
+from spvtpm.wire.platform_api import Operation, Vm
+from spvtpm.wire.platform_errors import PlatformContradicts
+
+_MOVES: Final = 64
+"""So many moves are followed at a time; the next command goes on from there."""
+
+
+def find(
+    site: Site, owned: OwnedVm, says: bytes | None, wishes: OwnedVm | None = None
+) -> tuple[bytes | None, MyVm | None]:
+    """The chip that has a VM's vTPM, or had it last, and the VM there; the keyring knows then.
+
+    Args:
+        site: of the owner.
+        owned: the VM.
+        says: the chip at which the platform says that it is, as `said_chip` has it.
+        wishes: the same, if the chip has to meet what its owner wishes now; None: wherever it is, it shall be found.
+
+    Raises:
+        PlatformContradicts: the platform says that it was moved, and its new chip does not have it.
+        ChipNotAllowed: it was moved to a chip that its owner does not want.
+        SpvtpmError: a chip that has to be asked cannot be, or is none.
+    """
+    chip_id = locate(site, owned, says)
+    for _ in range(_MOVES):
+        if chip_id is None:
+            return None, None
+        here = site.desk(chip_id, wishes).look(owned.vm_id)
+        known = vtpm_of(site.keyring, owned.vm_id)
+        if here is not None or known is None:
+            return chip_id, here
+        if site.desk(chip_id).handed_on(known.vtpm_id) is None:
+            return chip_id, None
+        chip_id = chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
+        if chip_id is not None:
+            verify_allowed(owned, chip_id)
+    raise WrongState(f"{owned.name} was moved too often to be followed; say it again")
+
+
+def locate(site: Site, owned: OwnedVm, says: bytes | None) -> bytes | None:
+    """The chip that has a VM's vTPM, or had it last, after a look into what the platform says; None: it is at no chip.
+
+    Args:
+        site: of the owner.
+        owned: the VM.
+        says: the chip at which the platform says that it is, 16 bytes; None: it does not say.
+
+    Raises:
+        As `find`.
+    """
+    known = vtpm_of(site.keyring, owned.vm_id)
+    chip_id = chip_where_it_lives(known, owned)
+    if chip_id is None or says is None or says == chip_id:
+        return chip_id
+    was = chip_id
+    if known is None:  # it was made there, and nobody has confirmed it
+        verify_allowed(owned, says)
+        return chip_id if site.desk(says, owned).look(owned.vm_id) is None else says
+    for _ in range(_MOVES):
+        fate = last_word(site, chip_id, known.vtpm_id)
+        if fate is None or fate.state == "unknown":
+            break
+        before, chip_id = chip_id, chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
+        if chip_id is None or chip_id == before:
+            return chip_id  # the platform errs, or lies
+        if chip_id == says:
+            break
+    verify_came(site, owned, says, was)
+    return says
+
+
+def verify_came(site: Site, owned: OwnedVm, chip_id: bytes, was: bytes) -> MyVm:
+    """Has a chip, to which a VM is said to have been moved, confirm that it is there.
+
+    Args:
+        site: of the owner.
+        owned: the VM.
+        chip_id: of the chip, 16 bytes.
+        was: the chip where it was, 16 bytes.
+
+    Raises:
+        ChipNotAllowed, CertificateRefused: its owner does not want that chip, or it is not genuine.
+        PlatformContradicts: it does not have it.
+        WrongState: it does not have it yet.
+    """
+    verify_allowed(owned, chip_id)
+    known = vtpm_of(site.keyring, owned.vm_id)
+    here = site.desk(chip_id, owned).look(owned.vm_id)
+    if here is None or known is None or here.vtpm_id != known.vtpm_id:
+        raise PlatformContradicts(
+            f"the platform says that {owned.name} was moved to the chip {chip_id.hex()}, which does not have it; its vTPM "
+            f"lived at the chip {was.hex()}"
+        )
+    if here.state == "arriving":
+        raise WrongState(
+            f"{owned.name} is still arriving at the chip {chip_id.hex()}: the platform has to end its move"
+        )
+    return here
+
+
+def last_word(site: Site, chip_id: bytes, vtpm_id: uuid.UUID) -> Fate | None:
+    """What a chip says became of a vTPM there; the keyring remembers. None: it does not answer."""
+    with suppress(SpvtpmError):  # it may be gone with its host; then whoever has the vTPM is heard alone
+        return site.desk(chip_id).fate(vtpm_id)
+    return None
+
+
+def said_chip(site: Site, owned: OwnedVm) -> bytes | None:
+    """The chip at which the platform says that a VM is, 16 bytes, once no migration of it is under way; None: it says none.
+
+    Raises:
+        SpvtpmError: the platform is away.
+    """
+    try:
+        vm = site.platform.vm(owned.vm_id)
+        operation = migration_under_way(site, vm)
+        if operation is not None:
+            wait_for_end(site.platform, operation, site.tell)
+            vm = site.platform.vm(owned.vm_id)
+    except NotFound:
+        return None
+    return None if vm.name != owned.name or vm.chip_id is None else bytes.fromhex(vm.chip_id)
+
+
+def migration_under_way(site: Site, vm: Vm) -> Operation | None:
+    """The operation that moves a VM, if there is one now.
+
+    Raises:
+        SpvtpmError: the platform is away.
+    """
+    operation = None if vm.operation is None else site.platform.operation(vm.operation)
+    return operation if operation is not None and operation.kind == "migrate" else None
