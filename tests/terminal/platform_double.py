@@ -33,6 +33,7 @@ from spvtpm.wire.introductions import Papers
 from spvtpm.wire.messages import VmInfo
 from spvtpm.wire.platform_api import (
     Chip,
+    Destination,
     Event,
     EventPage,
     Me,
@@ -49,6 +50,7 @@ from spvtpm.wire.platform_errors import NoHost, NoSuchToken
 from spvtpm.wire.problems import PROBLEM_TYPE, problem_of
 from tests.harness import RunningSp
 from tests.relay import Cut, Held, Hook, Side, honest
+from tests.terminal.moving import Moving
 
 TOKEN = "token-of-the-platform-double-0123456789"
 
@@ -75,6 +77,8 @@ class PlatformDouble:
         self.frames: list[tuple[Side, bytes]] = []
         self.consoles: dict[uuid.UUID, Callable[[WebSocket], object]] = {}
         self.keys: dict[str, uuid.UUID] = {}
+        self.destinations: dict[uuid.UUID, str | None] = {}
+        self.moving = Moving()
         self._news = threading.Condition()
         self.answers_to_lose = 0
         self.tells_of_operations = True
@@ -157,12 +161,29 @@ class PlatformDouble:
         elif kind == "place":
             chip = self.pick(vm.wants)
             self.become(replace(vm, host=self._host(chip), chip_id=chip), "placed")
+        elif kind == "migrate":
+            assert sp is not None
+            self.move(vm, self.sps[self.destination(vm)])
         elif kind == "destroy":
             if sp is not None and self._info(sp, vm.vm_id) is not None:
                 raise WrongState("its owner has not destroyed it")
             del self.vms[vm.vm_id]
 
+    def destination(self, vm: Vm) -> str:
+        """The chip to which a VM is moved."""
+        wanted = self.destinations.get(vm.vm_id)
+        fitting = [chip for chip in self.sps if chip != vm.chip_id and wanted in (None, self._host(chip))]
+        if not fitting:
+            raise NoHost("no other host will do")
+        return fitting[0]
+
     # The rest is honest
+
+    def move(self, vm: Vm, destination: RunningSp) -> None:
+        """Moves a running VM's vTPM from chip to chip, as both agents and the platform do together."""
+        self.moving.move(self.sps[str(vm.chip_id)], destination, vm.vm_id, vm.operation)
+        chip = self._chip_id(destination)
+        self.become(replace(vm, host=self._host(chip), chip_id=chip), "running")
 
     def become(self, vm: Vm, state: VmState) -> None:
         """The VM is like that now."""
@@ -217,9 +238,11 @@ class PlatformDouble:
                 route("/v1/vms/{vm_id}/pcrs", self._publish, "PUT"),
                 WebSocketRoute("/v1/vms/{vm_id}/console", self._console),
                 route("/v1/vms/{vm_id}/place", self._place, "POST", 202),
+                route("/v1/vms/{vm_id}/migrate", self._migrate, "POST", 202),
                 route("/v1/vms/{vm_id}/{kind}", self._command, "POST", 202),
                 route("/v1/operations/{operation_id}", lambda request, _body: self._operation(request)),
                 route("/v1/operations/{operation_id}/events", self._follow),
+                route("/v1/operations/{operation_id}/cancel", self._cancel, "POST"),
             ]
         )
 
@@ -289,6 +312,18 @@ class PlatformDouble:
 
     def _command(self, request: Request, _body: bytes) -> Operation:
         return self._begin(request, msgspec.convert(request.path_params["kind"], OperationKind))
+
+    def _migrate(self, request: Request, body: bytes) -> Operation:
+        vm = self._vm(request)
+        if vm.state != "running":
+            raise WrongState("only one that runs can be moved")
+        self.destinations[vm.vm_id] = msgspec.json.decode(body, type=Destination).host
+        return self._begin(request, "migrate")
+
+    def _cancel(self, request: Request, _body: bytes) -> Operation:
+        operation = self._operation(request)
+        self.moving.cancel(operation.operation_id)
+        return operation
 
     def _begin(self, request: Request, kind: OperationKind) -> Operation:
         return self._run(request, kind, self._vm(request))

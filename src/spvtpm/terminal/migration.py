@@ -71,18 +71,18 @@ def migrate(site: Site, name: str, host: str | None = None) -> Moved:
         raise WrongState(f"{name} is at no host: start it, and it is placed at one")
     if _joined(site, owned):
         return _outcome(site, owned, source, was_cancelled=True)
-    here = _here(site, owned)
-    if not _is_done(site, owned, source, host):
-        _check(name, here)
-        if not _done(site, site.platform.migrate(owned.vm_id, Destination(host=host))):
-            return _outcome(site, owned, source, was_cancelled=True)
-    moved = _outcome(site, owned, source, was_cancelled=False)
-    if host is not None and moved.host != host:
-        raise PlatformContradicts(f"{name} was to move to {host}; the platform says that it is at {moved.host}")
-    if host is None and not moved.has_moved:
+    chip_id, here = _find(site, owned)
+    if host == site.hear(owned).host if host is not None else chip_id != source:
+        return _outcome(site, owned, source, was_cancelled=False)
+    _check(name, here)
+    was_cancelled = not _done(site, owned, Destination(host=host))
+    moved = _outcome(site, owned, chip_id, was_cancelled=was_cancelled)
+    if not moved.has_moved and not was_cancelled:
         raise PlatformContradicts(
-            f"the platform says that it has moved {name}; its secure processor, the chip {source.hex()}, has it still"
+            f"the platform says that it has moved {name}; its secure processor, the chip {chip_id.hex()}, has it still"
         )
+    if moved.has_moved and host not in (None, moved.host):
+        raise PlatformContradicts(f"{name} was to move to {host}; the platform says that it is at {moved.host}")
     return moved
 
 
@@ -99,16 +99,20 @@ def _joined(site: Site, owned: OwnedVm) -> bool:
     return False
 
 
-def _done(site: Site, operation: Operation) -> bool:
-    """Waits for a migration that was begun; False: somebody did not want to.
+def _done(site: Site, owned: OwnedVm, destination: Destination) -> bool:
+    """Has it moved; False: somebody did not want to wait.
 
     Raises:
         SpvtpmError: it failed.
     """
+    operation: Operation | None = None
     try:
+        operation = site.platform.migrate(owned.vm_id, destination)
         wait_for(site.platform, operation, site.tell)
     except KeyboardInterrupt:
-        _cancel(site, operation)
+        operation = operation or migration_under_way(site, site.platform.vm(owned.vm_id))
+        if operation is not None:
+            _cancel(site, operation)
         return False
     return True
 
@@ -120,19 +124,12 @@ def _cancel(site: Site, operation: Operation) -> None:
     wait_for_end(site.platform, operation, site.tell)
 
 
-def _here(site: Site, owned: OwnedVm) -> MyVm:
+def _find(site: Site, owned: OwnedVm) -> tuple[bytes, MyVm]:
     chip_id, here = find(site, owned, said_chip(site, owned), owned)
-    if here is None:
+    if chip_id is None or here is None:
         where = "any chip" if chip_id is None else f"the chip {chip_id.hex()}, where it was"
         raise NotFound(f"{owned.name} is not at {where}")
-    return here
-
-
-def _is_done(site: Site, owned: OwnedVm, source: bytes, host: str | None) -> bool:
-    """Whether it is where it shall be, as far as is known by now: by the platform's word for a host, or away from its chip."""
-    if host is not None:
-        return site.hear(owned).host == host
-    return chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned) != source
+    return chip_id, here
 
 
 def _check(name: str, here: MyVm) -> None:
