@@ -173,6 +173,15 @@ class Desk:
         with self.keyring.moving(), self.connect() as session:
             return self.settle(session, vtpm_id)[0]
 
+    def ask(self, vtpm_id: uuid.UUID) -> Fate:
+        """The same; nothing is remembered.
+
+        Raises:
+            SpvtpmError: the SP's refusal, or the channel broke.
+        """
+        with self.connect() as session:
+            return session.ask_fate(vtpm_id)
+
     def handed_on(self, vtpm_id: uuid.UUID) -> bytes | None:
         """The chip to which this one has handed a vTPM on, 16 bytes, if it has; it is remembered there then.
 

@@ -10,15 +10,13 @@ dies in between asks again from where he was.
 
 from __future__ import annotations
 
-import uuid
-from contextlib import suppress
 from typing import Final
 
 from spvtpm.terminal.machines import Site, chip_where_it_lives, verify_allowed, vtpm_of
 from spvtpm.terminal.operations import wait_for_end
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
-from spvtpm.wire.owner_messages import Fate, MyVm
+from spvtpm.wire.owner_messages import MyVm
 from spvtpm.wire.platform_api import Operation, Vm
 from spvtpm.wire.platform_errors import PlatformContradicts
 
@@ -78,8 +76,11 @@ def locate(site: Site, owned: OwnedVm, says: bytes | None) -> bytes | None:
         verify_allowed(owned, says)
         return chip_id if site.desk(says, owned).look(owned.vm_id) is None else says
     for _ in range(_MOVES):
-        fate = last_word(site, chip_id, known.vtpm_id)
-        if fate is None or fate.state == "unknown":
+        try:
+            fate = site.desk(chip_id).fate(known.vtpm_id)
+        except SpvtpmError:  # it may be gone with its host; then whoever has the vTPM is heard alone
+            break
+        if fate.state == "unknown":
             break
         before, chip_id = chip_id, chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
         if chip_id is None or chip_id == before:
@@ -117,13 +118,6 @@ def verify_came(site: Site, owned: OwnedVm, chip_id: bytes, was: bytes) -> MyVm:
             f"{owned.name} is still arriving at the chip {chip_id.hex()}: the platform has to end its move"
         )
     return here
-
-
-def last_word(site: Site, chip_id: bytes, vtpm_id: uuid.UUID) -> Fate | None:
-    """What a chip says became of a vTPM there; the keyring remembers. None: it does not answer."""
-    with suppress(SpvtpmError):  # it may be gone with its host; then whoever has the vTPM is heard alone
-        return site.desk(chip_id).fate(vtpm_id)
-    return None
 
 
 def said_chip(site: Site, owned: OwnedVm) -> bytes | None:

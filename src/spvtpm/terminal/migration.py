@@ -1,7 +1,7 @@
 """A VM's move to another host while it runs: the platform does it, and the two secure processors say what became of it.
 
     1  the platform moves it                                               an operation
-    2  the chip where it was says to which one it has given the vTPM, if it answers    the keyring remembers
+    2  the chip where it was says that it has given the vTPM away, if it answers
     3  the new chip, which its owner allows, verified, confirms that the VM runs there    the keyring remembers
 
 Nothing is written down before: a terminal that comes back finds the VM where it was, or follows it (`following.py`).
@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from spvtpm.terminal.following import find, last_word, locate, migration_under_way, said_chip, verify_came
+from spvtpm.terminal.following import find, migration_under_way, said_chip, verify_came
 from spvtpm.terminal.machines import Site, chip_of, chip_where_it_lives, vtpm_of
 from spvtpm.terminal.operations import wait_for, wait_for_end
 from spvtpm.terminal.owned import OwnedVm
+from spvtpm.terminal.whereabouts import Known
 from spvtpm.wire.errors import MigrationForbidden, NotFound, SpvtpmError, WrongState
 from spvtpm.wire.owner_messages import Fate, MyVm
 from spvtpm.wire.platform_api import Destination, Operation
@@ -149,13 +150,22 @@ def _outcome(site: Site, owned: OwnedVm, source: bytes, *, was_cancelled: bool) 
         PlatformContradicts: the platform says otherwise.
     """
     vm, known = site.hear(owned), vtpm_of(site.keyring, owned.vm_id)
-    says = chip_of(vm, owned)
-    fate: Fate | None = None if known is None else last_word(site, source, known.vtpm_id)
-    chip_id = locate(site, owned, says)
-    if chip_id != says:
-        lives = "is at no chip" if chip_id is None else f"lives at the chip {chip_id.hex()}"
-        raise PlatformContradicts(f"the platform says that {owned.name} is at the chip {vm.chip_id}; its vTPM {lives}")
-    if says != source:
-        verify_came(site, owned, says, source)
-    here = site.confirm(owned, says, "running")
-    return Moved(here, says, source, "nothing" if fate is None else fate.state, vm.host, was_cancelled)
+    chip_id, fate = chip_of(vm, owned), _fate(site, source, known)
+    if chip_id != source:
+        if fate is not None and fate.state not in ("migrated", "unknown"):
+            raise PlatformContradicts(
+                f"the platform says that {owned.name} is at the chip {vm.chip_id}; the chip {source.hex()}, where its vTPM "
+                f"lived, has not given it to another one: {fate.state} there"
+            )
+        verify_came(site, owned, chip_id, source)  # now the keyring knows, and not before: who dies asks the same again
+    here = site.confirm(owned, chip_id, "running")
+    return Moved(here, chip_id, source, "nothing" if fate is None else fate.state, vm.host, was_cancelled)
+
+
+def _fate(site: Site, chip_id: bytes, known: Known | None) -> Fate | None:
+    """What a chip says became of a vTPM there; None: it does not answer, for it may be gone with its host."""
+    if known is None:
+        return None
+    with suppress(SpvtpmError):
+        return site.desk(chip_id).ask(known.vtpm_id)
+    return None

@@ -118,7 +118,7 @@ class Platform:
             query = {"all": "true"} if of_all else {}
             if found:
                 query["after"] = f"{found[-1].user}/{found[-1].name}" if of_all else found[-1].name
-            page = self._ask("GET", f"/v1/vms?{urlencode(query)}", VmPage)
+            page = self._ask("GET", f"/v1/vms?{urlencode(query)}" if query else "/v1/vms", VmPage)
             names = [(vm.user if of_all else "", vm.name) for vm in [*found[-1:], *page.vms]]
             _about(page, all(first < second for first, second in pairwise(names)))
             found += page.vms
