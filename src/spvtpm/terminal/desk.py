@@ -16,7 +16,7 @@ from spvtpm.terminal.attestation import Demands, Verified, verify_endorsement, v
 from spvtpm.terminal.keyring import Keyring
 from spvtpm.terminal.relay import OpenRelay
 from spvtpm.terminal.session import TIMEOUT_S, OwnerSession
-from spvtpm.terminal.whereabouts import AtChip, Destroyed, Exporting, Known, after_fate
+from spvtpm.terminal.whereabouts import AtChip, Destroyed, Known, after_fate
 from spvtpm.wire.errors import NotFound
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.messages import Endorsement
@@ -181,22 +181,6 @@ class Desk:
         """
         with self.connect() as session:
             return session.ask_fate(vtpm_id)
-
-    def handed_on(self, vtpm_id: uuid.UUID) -> bytes | None:
-        """The chip to which this one has handed a vTPM on, 16 bytes, if it has; it is remembered there then.
-
-        Unlike `fate`, this leaves an export or import as it is that was broken off here.
-
-        Raises:
-            SpvtpmError: the SP's refusal, or the channel broke.
-        """
-        with self.keyring.moving(), self.connect() as session:
-            fate, known = session.ask_fate(vtpm_id), self.keyring.known(vtpm_id)
-            after = None if known is None else after_fate(known, fate, session.verified.chip_id)
-            if after is None or not isinstance(after.place, (AtChip, Exporting)) or after.place.chip_id != fate.chip:
-                return None
-            self.keyring.remember(after)
-        return fate.chip
 
     def events(self, vm_id: uuid.UUID) -> list[Event]:
         """The newest events of a VM.

@@ -1,11 +1,10 @@
 """Where a VM is that was perhaps moved: its platform moves VMs as their owner wishes, or to empty a host, and asks nobody.
 
     1  the platform says that it is at another chip than the keyring knows, or that one does not have it
-    2  the chip where it was says to which one it has given the vTPM, if it answers          the keyring remembers
-    3  the new chip is one that the owner allows, verified, and says that the VM is there    the keyring remembers
+    2  the chip where it was says to which one it has given the vTPM, if it answers; and so on
+    3  the new chip is one that the owner allows, verified, and says that the VM is there     the keyring remembers
 
-The platform's word begins this, and decides nothing. A chip is asked for its own part of the story, one after the other; who
-dies in between asks again from where he was.
+The platform's word begins this, and decides nothing. Who dies in between asks the same again.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ from typing import Final
 from spvtpm.terminal.machines import Site, chip_where_it_lives, verify_allowed, vtpm_of
 from spvtpm.terminal.operations import wait_for_end
 from spvtpm.terminal.owned import OwnedVm
+from spvtpm.terminal.whereabouts import AtChip, Exporting, Importing, Known, after_fate
 from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
-from spvtpm.wire.owner_messages import MyVm
+from spvtpm.wire.owner_messages import Fate, MyVm
 from spvtpm.wire.platform_api import Operation, Vm
 from spvtpm.wire.platform_errors import PlatformContradicts
 
 _MOVES: Final = 64
-"""So many moves are followed at a time; the next command goes on from there."""
+"""So many chips are asked, one after the other."""
 
 
 def find(
@@ -41,19 +41,17 @@ def find(
         SpvtpmError: a chip that has to be asked cannot be, or is none.
     """
     chip_id = locate(site, owned, says)
-    for _ in range(_MOVES):
-        if chip_id is None:
-            return None, None
-        here = site.desk(chip_id, wishes).look(owned.vm_id)
-        known = vtpm_of(site.keyring, owned.vm_id)
-        if here is not None or known is None:
-            return chip_id, here
-        if site.desk(chip_id).handed_on(known.vtpm_id) is None:
-            return chip_id, None
-        chip_id = chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
-        if chip_id is not None:
-            verify_allowed(owned, chip_id)
-    raise WrongState(f"{owned.name} was moved too often to be followed; say it again")
+    if chip_id is None:
+        return None, None
+    here, known = site.desk(chip_id, wishes).look(owned.vm_id), vtpm_of(site.keyring, owned.vm_id)
+    if here is not None or known is None:
+        return chip_id, here
+    trail, fate = _trail(site, known, None)
+    if len(trail) == 1:
+        return chip_id, None
+    if fate is not None and fate.state != "here":
+        return _settled(site, owned, known, trail), None
+    return trail[-1], verify_came(site, owned, trail[-1], chip_id)
 
 
 def locate(site: Site, owned: OwnedVm, says: bytes | None) -> bytes | None:
@@ -71,24 +69,50 @@ def locate(site: Site, owned: OwnedVm, says: bytes | None) -> bytes | None:
     chip_id = chip_where_it_lives(known, owned)
     if chip_id is None or says is None or says == chip_id:
         return chip_id
-    was = chip_id
     if known is None:  # it was made there, and nobody has confirmed it
         verify_allowed(owned, says)
         return chip_id if site.desk(says, owned).look(owned.vm_id) is None else says
-    for _ in range(_MOVES):
+    trail, fate = _trail(site, known, says)
+    came = says if fate is None or fate.state in ("migrated", "unknown") else trail[-1]
+    if came == chip_id or (fate is not None and fate.state in ("exported", "destroyed")):
+        return _settled(site, owned, known, trail)  # the platform errs, or lies
+    verify_came(site, owned, came, chip_id)
+    return came
+
+
+def _trail(site: Site, known: Known, until: bytes | None) -> tuple[list[bytes], Fate | None]:
+    """The chips through which a vTPM went, as they say, from the one that is known on; nothing is remembered.
+
+    Args:
+        site: of the owner.
+        known: what is remembered of the vTPM, which is or was at a chip.
+        until: the chip that need not be asked, for it will be anyway.
+
+    Returns:
+        The chips, and what the last one says; None: it does not answer, for it may be gone with its host, or is not asked.
+    """
+    trail: list[bytes] = []
+    fate: Fate | None = None
+    while isinstance(known.place, (AtChip, Exporting, Importing)) and len(trail) < _MOVES:
+        chip_id = known.place.chip_id
+        if chip_id in trail[-1:]:  # it knows of no other
+            break
+        trail.append(chip_id)
+        if chip_id == until:
+            return trail, None
         try:
-            fate = site.desk(chip_id).fate(known.vtpm_id)
-        except SpvtpmError:  # it may be gone with its host; then whoever has the vTPM is heard alone
-            break
-        if fate.state == "unknown":
-            break
-        before, chip_id = chip_id, chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
-        if chip_id is None or chip_id == before:
-            return chip_id  # the platform errs, or lies
-        if chip_id == says:
-            break
-    verify_came(site, owned, says, was)
-    return says
+            fate = site.desk(chip_id).ask(known.vtpm_id)
+        except SpvtpmError:
+            return trail, None
+        known = after_fate(known, fate, chip_id) or known
+    return trail, fate
+
+
+def _settled(site: Site, owned: OwnedVm, known: Known, trail: list[bytes]) -> bytes | None:
+    """Has the keyring remember what these chips say; the chip where the vTPM lives then, if it does."""
+    for chip_id in trail:
+        site.desk(chip_id).fate(known.vtpm_id)
+    return chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
 
 
 def verify_came(site: Site, owned: OwnedVm, chip_id: bytes, was: bytes) -> MyVm:
@@ -110,8 +134,8 @@ def verify_came(site: Site, owned: OwnedVm, chip_id: bytes, was: bytes) -> MyVm:
     here = site.desk(chip_id, owned).look(owned.vm_id)
     if here is None or known is None or here.vtpm_id != known.vtpm_id:
         raise PlatformContradicts(
-            f"the platform says that {owned.name} was moved to the chip {chip_id.hex()}, which does not have it; its vTPM "
-            f"lived at the chip {was.hex()}"
+            f"{owned.name} is said to have been moved to the chip {chip_id.hex()}, which does not have it; its vTPM lived at "
+            f"the chip {was.hex()}"
         )
     if here.state == "arriving":
         raise WrongState(
