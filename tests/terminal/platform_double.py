@@ -34,13 +34,16 @@ from spvtpm.wire.messages import VmInfo
 from spvtpm.wire.platform_api import (
     Chip,
     Destination,
+    Drain,
     Event,
     EventPage,
+    Host,
     Me,
     NewVm,
     Operation,
     OperationKind,
     PublishedPcrs,
+    Remaining,
     Vm,
     VmPage,
     VmState,
@@ -78,6 +81,7 @@ class PlatformDouble:
         self.consoles: dict[uuid.UUID, Callable[[WebSocket], object]] = {}
         self.keys: dict[str, uuid.UUID] = {}
         self.destinations: dict[uuid.UUID, str | None] = {}
+        self.draining: set[str] = set()
         self.moving = Moving()
         self._news = threading.Condition()
         self.answers_to_lose = 0
@@ -243,6 +247,9 @@ class PlatformDouble:
                 route("/v1/operations/{operation_id}", lambda request, _body: self._operation(request)),
                 route("/v1/operations/{operation_id}/events", self._follow),
                 route("/v1/operations/{operation_id}/cancel", self._cancel, "POST"),
+                route("/v1/hosts", lambda _request, _body: [self._told_host(self._host(chip)) for chip in self.sps]),
+                route("/v1/hosts/{name}/drain", self._drain, "POST"),
+                route("/v1/hosts/{name}/drain", self._undrain, "DELETE"),
             ]
         )
 
@@ -320,6 +327,35 @@ class PlatformDouble:
         self.destinations[vm.vm_id] = msgspec.json.decode(body, type=Destination).host
         return self._begin(request, "migrate")
 
+    def _told_host(self, name: str) -> Host:
+        return Host(
+            name=name,
+            address="unix:/nowhere",
+            is_online=True,
+            seen_s=None,
+            chip_id=list(self.sps)[int(name.removeprefix("host-"))],
+            firmware=1,
+            software="0",
+            vms=sum(vm.host == name for vm in self.vms.values()),
+            max_vms=9,
+            missing_protection=[],
+            failure="",
+            is_draining=name in self.draining,
+        )
+
+    def _drain(self, request: Request, _body: bytes) -> Drain:
+        name = request.path_params["name"]
+        self.draining.add(name)
+        there = [vm for vm in self.vms.values() if vm.host == name]
+        moving = [self._submit("migrate", vm) for vm in there if vm.state == "running"]
+        stay = [vm for vm in there if vm.state != "running"]
+        remaining = [Remaining(vm_id=vm.vm_id, name=vm.name, user=vm.user, why=f"it is {vm.state}") for vm in stay]
+        return Drain(host=self._told_host(name), moving=moving, remaining=remaining)
+
+    def _undrain(self, request: Request, _body: bytes) -> Host:
+        self.draining.discard(request.path_params["name"])
+        return self._told_host(request.path_params["name"])
+
     def _cancel(self, request: Request, _body: bytes) -> Operation:
         operation = self._operation(request)
         self.moving.cancel(operation.operation_id)
@@ -332,6 +368,11 @@ class PlatformDouble:
         key = request.headers["idempotency-key"]
         if key in self.keys:
             return self.operations[self.keys[key]]
+        operation = self._submit(kind, vm)
+        self.keys[key] = operation.operation_id
+        return operation
+
+    def _submit(self, kind: OperationKind, vm: Vm) -> Operation:
         operation = Operation(
             operation_id=uuid.uuid4(),
             kind=kind,
@@ -345,7 +386,6 @@ class PlatformDouble:
             created_s=time.time(),
             changed_s=time.time(),
         )
-        self.keys[key] = operation.operation_id
         self.operations[operation.operation_id] = operation
         self.vms[vm.vm_id] = replace(vm, operation=operation.operation_id)
         threading.Thread(target=self._finish, args=(operation,), daemon=True).start()
