@@ -22,7 +22,7 @@ from spvtpm.wire.platform_errors import CommandNotBegun, Unavailable
 PATIENCE_S: Final = 60.0
 """How long a VM may be on its way."""
 
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 1.0
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 0.5
 _MAY_PASS: Final = (ChannelError, Unavailable, NotRunning, WrongState, CommandNotBegun)
 """What may be so because a VM moves just now. Who answers without the VM's key is none of it."""
 
@@ -99,8 +99,11 @@ class _Pauses:
         Raises:
             SpvtpmError: there will be none, for this reason.
         """
-        vm = self._site.platform.vm(self._owned.vm_id)
-        moves = migration_under_way(self._site, vm) is not None
+        try:
+            vm = self._site.platform.vm(self._owned.vm_id)
+            moves = migration_under_way(self._site, vm) is not None
+        except SpvtpmError:
+            raise why from None
         if not moves and (self._has_settled or vm.state != "running" or vm.operation is not None):
             raise why
         self._has_settled = not moves
