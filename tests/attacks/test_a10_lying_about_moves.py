@@ -20,7 +20,7 @@ from spvtpm.terminal.overview import compare
 from spvtpm.terminal.owned import Account, OwnedVm
 from spvtpm.terminal.platform import Platform
 from spvtpm.terminal.whereabouts import AtChip
-from spvtpm.wire.errors import ChannelError, ChipNotAllowed, WrongState
+from spvtpm.wire.errors import ChannelError, ChipNotAllowed, StaleInstance, WrongState
 from spvtpm.wire.platform_errors import PlatformContradicts
 from tests.owner import ANYTHING
 from tests.papers import todays_papers
@@ -154,6 +154,20 @@ def test_a_move_that_is_hidden_together_with_the_new_chip_makes_no_owner_forget_
     evil.sps[web.there] = silenced
     assert site.keyring.owned(web.name) == web.owned
     assert web.known() == web.here
+
+
+@pytest.mark.attack("A08")
+def test_a_chip_with_an_older_version_than_was_seen_is_not_followed(
+    site: Site, evil: MaliciousPlatform, web: Web
+) -> None:
+    known = vtpm_of(site.keyring, web.owned.vm_id)
+    assert known is not None
+    site.keyring.remember(replace(known, newest=9))  # stands for a chip that was put back
+    web.move()
+    with pytest.raises(StaleInstance, match="put back to an older state"):
+        begin(site, web.name, "start")
+    assert web.known() == web.here
+    site.keyring.remember(known)
 
 
 @pytest.mark.attack("A01")

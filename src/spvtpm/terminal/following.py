@@ -15,7 +15,7 @@ from spvtpm.terminal.machines import Site, chip_where_it_lives, verify_allowed, 
 from spvtpm.terminal.operations import wait_for_end
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import AtChip, Exporting, Importing, Known, after_fate
-from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
+from spvtpm.wire.errors import NotFound, SpvtpmError, StaleInstance, WrongState
 from spvtpm.wire.owner_messages import Fate, MyVm
 from spvtpm.wire.platform_api import Operation, Vm
 from spvtpm.wire.platform_errors import PlatformContradicts
@@ -128,19 +128,27 @@ def verify_came(site: Site, owned: OwnedVm, chip_id: bytes, was: bytes) -> MyVm:
         ChipNotAllowed, CertificateRefused: its owner does not want that chip, or it is not genuine.
         PlatformContradicts: it does not have it.
         WrongState: it does not have it yet.
+        StaleInstance: it was put back to an older state.
     """
     verify_allowed(owned, chip_id)
-    known = vtpm_of(site.keyring, owned.vm_id)
-    here = site.desk(chip_id, owned).look(owned.vm_id)
-    if here is None or known is None or here.vtpm_id != known.vtpm_id:
-        raise PlatformContradicts(
-            f"{owned.name} is said to have been moved to the chip {chip_id.hex()}, which does not have it; its vTPM lived at "
-            f"the chip {was.hex()}"
-        )
-    if here.state == "arriving":
-        raise WrongState(
-            f"{owned.name} is still arriving at the chip {chip_id.hex()}: the platform has to end its move"
-        )
+    desk, known = site.desk(chip_id, owned), vtpm_of(site.keyring, owned.vm_id)
+    with site.keyring.moving(), desk.connect() as session:
+        here = session.find(owned.vm_id)
+        if here is None or known is None or here.vtpm_id != known.vtpm_id:
+            raise PlatformContradicts(
+                f"{owned.name} is said to have been moved to the chip {chip_id.hex()}, which does not have it; its vTPM "
+                f"lived at the chip {was.hex()}"
+            )
+        if here.state == "arriving":
+            raise WrongState(
+                f"{owned.name} is still arriving at the chip {chip_id.hex()}: the platform has to end its move"
+            )
+        if here.version < known.newest:
+            raise StaleInstance(
+                f"the chip {chip_id.hex()} has version {here.version} of the vTPM of {owned.name}, and version {known.newest} "
+                "was seen: it was put back to an older state"
+            )
+        desk.remember(session, here)
     return here
 
 
