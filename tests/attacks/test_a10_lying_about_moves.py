@@ -20,8 +20,9 @@ from spvtpm.terminal.overview import compare
 from spvtpm.terminal.owned import Account, OwnedVm
 from spvtpm.terminal.platform import Platform
 from spvtpm.terminal.whereabouts import AtChip
-from spvtpm.wire.errors import ChannelError, ChipNotAllowed, StaleInstance, WrongState
+from spvtpm.wire.errors import ChannelError, ChipNotAllowed, NotFound, StaleInstance, WrongState
 from spvtpm.wire.platform_errors import PlatformContradicts
+from tests.harness import RunningSp
 from tests.owner import ANYTHING
 from tests.papers import todays_papers
 from tests.processor.migration.two_chips import Handoff, honest, list_of
@@ -154,6 +155,29 @@ def test_a_move_that_is_hidden_together_with_the_new_chip_makes_no_owner_forget_
     evil.sps[web.there] = silenced
     assert site.keyring.owned(web.name) == web.owned
     assert web.known() == web.here
+
+
+def test_a_question_that_is_broken_off_and_a_claim_of_destruction_make_no_owner_forget_his_vm(
+    site: Site, evil: MaliciousPlatform, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.move()
+    evil.says_chip[web.owned.vm_id] = web.here
+    evil.claims_done = {"destroy"}
+    opened, lead = 0, evil.lead
+
+    def lead_but_once(chip_id: str) -> RunningSp:
+        nonlocal opened
+        opened += 1
+        if opened == 2:  # the question to which chip it was given
+            raise NotFound("there is no such chip")
+        return lead(chip_id)
+
+    monkeypatch.setattr(evil, "lead", lead_but_once)
+    with pytest.raises(WrongState, match="moved meanwhile, and lives"):
+        destroy(site, web.name)
+    assert opened == 3
+    assert site.keyring.owned(web.name) == web.owned
+    monkeypatch.undo()
 
 
 @pytest.mark.attack("A08")

@@ -10,6 +10,7 @@ from spvtpm.terminal.following import find, said_chip
 from spvtpm.terminal.machines import Site, vtpm_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import Destroyed, InFile
+from spvtpm.wire.errors import WrongState
 
 
 def destroy(site: Site, name: str, *, chip_lost: bool = False) -> None:
@@ -45,4 +46,6 @@ def _destroy_at_chip(site: Site, owned: OwnedVm) -> None:
     if here is not None:
         site.desk(chip_id).destroy(owned.vm_id)
     elif known is not None:
-        site.desk(chip_id).fate(known.vtpm_id)
+        fate = site.desk(chip_id).fate(known.vtpm_id)
+        if fate.state in ("here", "migrated"):
+            raise WrongState(f"{owned.name} was moved meanwhile, and lives: say it again")

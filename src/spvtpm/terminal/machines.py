@@ -100,13 +100,21 @@ class Site:
             PlatformContradicts: it is otherwise.
             SpvtpmError: the chip cannot be asked, or is none.
         """
-        vm = self.desk(chip_id).look(owned.vm_id)
-        if vm is None or vm.state != state:
-            found = "is not there" if vm is None else f"is {vm.state}"
-            raise PlatformContradicts(
-                f"the platform says that {owned.name} is {state}; its secure processor says that it {found}"
-            )
-        return vm
+        return verify_state(owned, self.desk(chip_id).look(owned.vm_id), state)
+
+
+def verify_state(owned: OwnedVm, here: MyVm | None, state: str) -> MyVm:
+    """Whether a VM, as its chip has it, is as the platform says.
+
+    Raises:
+        PlatformContradicts: it is otherwise.
+    """
+    if here is None or here.state != state:
+        found = "is not there" if here is None else f"is {here.state}"
+        raise PlatformContradicts(
+            f"the platform says that {owned.name} is {state}; its secure processor says that it {found}"
+        )
+    return here
 
 
 def vtpm_of(keyring: Keyring, vm_id: uuid.UUID) -> Known | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spvtpm.terminal.following import find, migration_under_way, said_chip, verify_came
-from spvtpm.terminal.machines import Site, chip_of, chip_where_it_lives, vtpm_of
+from spvtpm.terminal.machines import Site, chip_of, chip_where_it_lives, verify_state, vtpm_of
 from spvtpm.terminal.operations import wait_for, wait_for_end
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import Known
@@ -89,7 +89,10 @@ def migrate(site: Site, name: str, host: str | None = None) -> Moved:
 
 def _joined(site: Site, owned: OwnedVm) -> bool:
     """Waits for a migration that is under way already; whether somebody did not want to."""
-    operation = migration_under_way(site, site.platform.vm(owned.vm_id))
+    try:
+        operation = migration_under_way(site, site.platform.vm(owned.vm_id))
+    except NotFound:
+        return False
     if operation is None:
         return False
     try:
@@ -157,8 +160,10 @@ def _outcome(site: Site, owned: OwnedVm, source: bytes, *, was_cancelled: bool) 
                 f"the platform says that {owned.name} is at the chip {vm.chip_id}; the chip {source.hex()}, where its vTPM "
                 f"lived, has not given it to another one: {fate.state} there"
             )
-        verify_came(site, owned, chip_id, source)  # now the keyring knows, and not before: who dies asks the same again
-    here = site.confirm(owned, chip_id, "running")
+        came = verify_came(site, owned, chip_id, source)  # now the keyring knows, and not before: who dies asks again
+        here = verify_state(owned, came, "running")
+    else:
+        here = site.confirm(owned, chip_id, "running")
     return Moved(here, chip_id, source, "nothing" if fate is None else fate.state, vm.host, was_cancelled)
 
 

@@ -92,6 +92,7 @@ class _Pauses:
         self._ends: float | None = None
         self._delay_s = _FIRST_DELAY_S
         self._has_settled = False
+        self._has_told = False
 
     def take(self, why: SpvtpmError) -> None:
         """Waits for a moment before the next attempt.
@@ -107,11 +108,11 @@ class _Pauses:
         if not moves and (self._has_settled or vm.state != "running" or vm.operation is not None):
             raise why
         self._has_settled = not moves
+        if moves and not self._has_told:
+            self._has_told = True
+            self._tell_waiting()
         now = time.monotonic()
-        if self._ends is None:
-            self._ends = now + self._patience_s
-            if moves:
-                self._tell_waiting()
+        self._ends = now + self._patience_s if self._ends is None else self._ends
         if now > self._ends:
             raise why
         time.sleep(self._delay_s if moves else 0)
