@@ -156,7 +156,7 @@ class AgentDouble:
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> bytes:
         """Answers a request, or raises what it answers instead."""
         if (method, path) == ("GET", "/v1/host"):
-            return msgspec.json.encode(self._host_report())
+            return msgspec.json.encode(self.host_report())
         if (method, path) == ("GET", "/v1/vms"):
             return self._page(query.get("after", ""))
         found = re.fullmatch(r"/v1/vms/([0-9a-f-]{36})(/image)?", path)
@@ -172,7 +172,8 @@ class AgentDouble:
             self.after_order(vm_id, order)
         return msgspec.json.encode(self.report(vm_id))
 
-    def _host_report(self) -> HostReport:
+    def host_report(self) -> HostReport:
+        """What the double says of itself."""
         return HostReport(
             chip_id=self.chip_id,
             firmware=self.firmware,

@@ -6,7 +6,7 @@ import uuid
 
 from sqlalchemy import select
 
-from spvtpm.cloud import tables
+from spvtpm.cloud import operations, tables
 from spvtpm.wire.platform_api import Operation, Wants
 from tests.cloud.agent_double import AgentDouble
 from tests.cloud.platform_database import PlatformDatabase
@@ -65,9 +65,13 @@ class Pair:
         with self.platform.engine.connect() as connection:
             return str(connection.scalars(query.order_by(events.c.number.desc())).first())
 
+    def cancel_current(self) -> None:
+        """Asks to cancel what is under way."""
+        vm = self.platform.vm(self.vm_id)
+        assert vm is not None
+        self.cancel(vm.operation)
+
     def cancel(self, operation_id: uuid.UUID) -> None:
         """Asks for it."""
-        from spvtpm.cloud import operations
-
         with self.platform.engine.begin() as connection:
             operations.cancel(connection, "ada", operation_id)

@@ -10,7 +10,7 @@ import pytest
 
 from spvtpm.cloud.duties import Duties
 from spvtpm.wire.agent_api import Order, WantedState
-from spvtpm.wire.errors import MigrationForbidden, WorkerError, WrongState
+from spvtpm.wire.errors import MigrationForbidden, NotRunning, WorkerError, WrongState
 from spvtpm.wire.platform_api import Wants
 from spvtpm.wire.platform_errors import OperationUnderWay
 from tests.cloud.agent_double import AgentDouble
@@ -27,6 +27,14 @@ pytestmark = [pytest.mark.claim("C8")]
 def pair(platform: PlatformDatabase, agent: AgentDouble, other_agent: AgentDouble, duties: Duties) -> Iterator[Pair]:
     """Two hosts, and a VM at the first."""
     yield Pair(platform, agent, other_agent)
+
+
+@pytest.fixture
+def sole_pair(platform: PlatformDatabase, pair: Pair) -> Pair:
+    """The same, for what is tried many times; one database will do for that."""
+    if platform.engine.name == "postgresql":
+        pytest.skip("the same statements")
+    return pair
 
 
 def test_a_vm_moves_while_it_runs(pair: Pair) -> None:
@@ -89,7 +97,9 @@ def test_a_vm_whose_owner_wants_it_at_one_host_does_not_move(pair: Pair) -> None
 
 
 @pytest.mark.parametrize("want", ["departing", "arriving"])
-def test_what_a_secure_processor_forbids_fails_and_the_vm_runs_on(pair: Pair, want: WantedState) -> None:
+def test_what_a_secure_processor_forbids_fails_and_the_vm_runs_on(sole_pair: Pair, want: WantedState) -> None:
+    pair = sole_pair
+
     def refuse(_vm: uuid.UUID, order: Order) -> None:
         if order.want == want:
             raise MigrationForbidden("its policy says no migration")
@@ -103,35 +113,33 @@ def test_what_a_secure_processor_forbids_fails_and_the_vm_runs_on(pair: Pair, wa
     assert pair.settled() == "h2"
 
 
-@pytest.mark.parametrize("at", STAGES[:-1])
-def test_what_fails_on_the_way_leaves_the_vm_where_it_was(pair: Pair, at: Stage) -> None:
-    def fail(_vm: uuid.UUID, stage: Stage) -> None:
-        if stage == at:
-            raise WorkerError("the machine fell")
+def test_what_fails_on_the_way_leaves_the_vm_where_it_was(pair: Pair) -> None:
+    for at in STAGES[:-1]:
 
-    pair.first.at_stage = fail
-    ended = pair.platform.ended(pair.migrate())
-    assert ended.error is not None and ended.error.detail == "the VM stays at host h1: the machine fell"
-    assert pair.settled() == "h1" and not pair.second.has(pair.vm_id)
+        def fail(_vm: uuid.UUID, stage: Stage, at: Stage = at) -> None:
+            if stage == at:
+                raise WorkerError("the machine fell")
+
+        pair.first.at_stage = fail
+        ended = pair.platform.ended(pair.migrate())
+        assert ended.error is not None and ended.error.detail == "the VM stays at host h1: the machine fell"
+        assert pair.settled() == "h1" and not pair.second.has(pair.vm_id)
 
 
 @pytest.mark.parametrize("at", STAGES)
-def test_cancelled_at_any_stage_it_is_where_its_source_says(pair: Pair, at: Stage) -> None:
-    asked = pair.platform.operation  # the operation is known only once it is under way
-    cancelled = threading.Event()
+def test_cancelled_at_any_stage_it_is_where_its_source_says(sole_pair: Pair, at: Stage) -> None:
+    pair, cancelled = sole_pair, threading.Event()
 
-    def cancel(vm_id: uuid.UUID, stage: Stage) -> None:
-        if stage == at and not cancelled.is_set():
-            vm = pair.platform.vm(vm_id)
-            assert vm is not None
-            pair.cancel(vm.operation)
+    def cancel(_vm: uuid.UUID, stage: Stage) -> None:
+        if stage == at:
+            pair.cancel_current()
             cancelled.set()
             if at != "gone":
                 eventually(lambda: any(order.want == "running" for _, order in pair.first.carried_out[2:]))
 
     pair.first.at_stage = cancel
     ended = pair.platform.ended(pair.migrate())
-    assert cancelled.is_set() and asked(ended.operation_id) == ended
+    assert cancelled.is_set()
     if at == "gone":
         assert ended.state == "done" and pair.settled() == "h2"
     else:
@@ -140,12 +148,12 @@ def test_cancelled_at_any_stage_it_is_where_its_source_says(pair: Pair, at: Stag
 
 
 @pytest.mark.parametrize("want", ["departing", "arriving"])
-def test_cancelled_with_an_order_on_its_way_it_stays(pair: Pair, want: WantedState) -> None:
-    def cancel(vm_id: uuid.UUID, order: Order) -> None:
+def test_cancelled_with_an_order_on_its_way_it_stays(sole_pair: Pair, want: WantedState) -> None:
+    pair = sole_pair
+
+    def cancel(_vm: uuid.UUID, order: Order) -> None:
         if order.want == want:
-            vm = pair.platform.vm(vm_id)
-            assert vm is not None
-            pair.cancel(vm.operation)
+            pair.cancel_current()
 
     pair.first.before_order = pair.second.after_order = cancel
     ended = pair.platform.ended(pair.migrate())
@@ -171,7 +179,8 @@ def test_what_cannot_be_cancelled_says_why(pair: Pair) -> None:
 @pytest.mark.attack("A16")
 @pytest.mark.parametrize("host", ["h1", "h2"])
 @pytest.mark.parametrize("at", STAGES)
-def test_a_host_that_goes_away_at_any_stage_and_comes_back_leaves_one_vm(pair: Pair, host: str, at: Stage) -> None:
+def test_a_host_that_goes_away_at_any_stage_and_comes_back_leaves_one_vm(sole_pair: Pair, host: str, at: Stage) -> None:
+    pair = sole_pair
     double = {"h1": pair.first, "h2": pair.second}[host]
     went = threading.Event()
 
@@ -201,8 +210,9 @@ def test_a_host_that_goes_away_at_any_stage_and_comes_back_leaves_one_vm(pair: P
 )
 @pytest.mark.parametrize("when", ["before_order", "after_order"])
 def test_a_host_that_goes_away_with_an_order_and_comes_back_leaves_one_vm(
-    pair: Pair, host: str, want: WantedState, when: str
+    sole_pair: Pair, host: str, want: WantedState, when: str
 ) -> None:
+    pair = sole_pair
     double = {"h1": pair.first, "h2": pair.second}[host]
     went = threading.Event()
 
@@ -224,14 +234,13 @@ def test_a_host_that_goes_away_with_an_order_and_comes_back_leaves_one_vm(
 
 
 @pytest.mark.parametrize("want", ["departing", "arriving", "running", "absent"])
-def test_an_order_whose_answer_is_lost_is_repeated(pair: Pair, want: WantedState) -> None:
+def test_an_order_whose_answer_is_lost_is_repeated(sole_pair: Pair, want: WantedState) -> None:
+    pair = sole_pair
     lost = threading.Event()
 
     def lose(_vm: uuid.UUID, order: Order) -> None:
         if order.want == want and not lost.is_set():
             lost.set()
-            from spvtpm.wire.errors import NotRunning
-
             raise NotRunning("nobody heard it")
 
     pair.first.after_order = pair.second.after_order = lose
