@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from spvtpm.cloud import draining
+from spvtpm.cloud import draining, tables
 from spvtpm.cloud.duties import Duties
 from spvtpm.wire.agent_api import Order
 from spvtpm.wire.errors import MigrationForbidden, NotFound
@@ -45,7 +45,7 @@ def test_what_runs_moves_away_and_what_does_not_is_named(
     done(platform, platform.submit("shutdown", off))
     done(platform, platform.submit("hibernate", asleep))
     with platform.engine.begin() as connection:
-        vms = draining.tables.vms
+        vms = tables.vms
         pin = msgspec.to_builtins(Wants(host="h1"))
         connection.execute(vms.update().where(vms.c.vm_id == pinned).values(wants=pin))
     with AgentDouble(short_path / "h2.sock", "02" * 16) as other:
