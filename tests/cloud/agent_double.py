@@ -278,7 +278,7 @@ class AgentDouble:
         vm.block, vm.move = "arriving", Arrival(order.handoff)
 
     def _come(self, vm_id: uuid.UUID, vm: DoubleVm, move: Arrival, order: Order) -> None:
-        move.verify_commit(order.token, order.stop_nonce)
+        move.verify_commit(order.token)
         move.has_come, vm.block = True, "running"
         vm.boots += 0 if move.is_whole else 1  # its memory was lost on the way
         self._begin_to_run(vm_id, vm)

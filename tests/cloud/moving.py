@@ -18,12 +18,14 @@ class Pair:
 
     Attributes:
         vm_id: the VM.
+        source: where it was when it was last asked to move.
     """
 
     def __init__(self, platform: PlatformDatabase, first: AgentDouble, second: AgentDouble) -> None:
         self.platform = platform
         self.first = first
         self.second = second
+        self.source = "h1"
         first.others, second.others = [second], [first]
         for host in ("h1", "h2"):
             online(platform, host)
@@ -35,6 +37,9 @@ class Pair:
 
     def migrate(self, destination: str | None = None) -> Operation:
         """Asks for it."""
+        vm = self.platform.vm(self.vm_id)
+        assert vm is not None
+        self.source = str(vm.host)
         return self.platform.submit("migrate", self.vm_id, destination=destination)
 
     def settled(self) -> str:

@@ -42,7 +42,6 @@ class Departure:
     handoff: str = field(default_factory=lambda: secrets.token_hex(16))
     commit: str = field(default_factory=lambda: secrets.token_hex(32))
     abort: str = field(default_factory=lambda: secrets.token_hex(32))
-    stop_nonce: str | None = None
     outcome: Literal["open", "kept", "gone"] = "open"
     failure: str = ""
     copied: int = 0
@@ -85,9 +84,8 @@ class Departure:
             if self.outcome != "open":
                 return
             self.halt()
-            self.stop_nonce = secrets.token_hex(32)
         at("stopped")
-        link.send(b"state" + bytes.fromhex(self.stop_nonce))
+        link.send(b"state")
         assert link.recv(PATIENCE_S) == b"have it"
         at("ready")
         with self.lock:
@@ -105,7 +103,6 @@ class Departure:
             outcome=self.outcome,
             is_linked=self.is_linked,
             copied_bytes=self.copied,
-            stop_nonce=self.stop_nonce,
             token=token,
             failure=self.failure,
         )
@@ -118,7 +115,7 @@ class Arrival:
     handoff: str
     shown: str = ""  # of the commit token, then of the abort token
     copied: int = 0
-    stop_nonce: str | None = None
+    has_state: bool = False
     is_whole: bool = False
     is_linked: bool = False
     has_come: bool = False
@@ -132,8 +129,8 @@ class Arrival:
             link.send(shown(self.receipt).encode())
             for frame in link:
                 assert isinstance(frame, bytes)
-                if frame.startswith(b"state"):
-                    self.stop_nonce = frame[5:].hex()
+                if frame == b"state":
+                    self.has_state = True
                     link.send(b"have it")
                 elif frame == b"the end":
                     self.is_whole = True
@@ -144,12 +141,10 @@ class Arrival:
         finally:
             self.is_linked = False
 
-    def verify_commit(self, token: str | None, stop_nonce: str | None) -> None:
+    def verify_commit(self, token: str | None) -> None:
         """Whether the VM may go on here."""
-        if token is None or shown(token) != self.shown[:64] or self.stop_nonce is None:
+        if token is None or shown(token) != self.shown[:64] or not self.has_state:
             raise WrongState("no commit token of this handoff")
-        if stop_nonce != self.stop_nonce:
-            raise WrongState("another stop nonce")
 
     def verify_abort(self, token: str | None) -> None:
         """Whether the VM may be forgotten here."""
@@ -163,6 +158,5 @@ class Arrival:
             outcome="come" if self.has_come else "open",
             is_linked=self.is_linked,
             copied_bytes=self.copied,
-            stop_nonce=self.stop_nonce,
             token=self.receipt if self.has_come else None,
         )

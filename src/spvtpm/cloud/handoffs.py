@@ -39,7 +39,6 @@ class Handoff:
         handoff: the handoff's id at both; None: the source has told none yet, and the destination knows of nothing.
         outcome: what the source said last: `open`, `kept` or `gone`.
         token: of the source, for the destination.
-        stop_nonce: of the source, for the destination.
         receipt: of the destination, for the source.
         failure: why the source kept it.
         is_told: whether both sides know the end.
@@ -53,7 +52,6 @@ class Handoff:
     handoff: str | None
     outcome: Literal["open", "kept", "gone"]
     token: str | None
-    stop_nonce: str | None
     receipt: str | None
     failure: str
     is_told: bool
@@ -131,7 +129,7 @@ def name(connection: Connection, operation: uuid.UUID, handoff: str) -> None:
 
 def hear(connection: Connection, operation: uuid.UUID, report: HandoffReport) -> None:
     """The source has said what became of the handoff: `kept` or `gone`. It says so once; what comes after changes nothing."""
-    _learn(connection, operation, report.outcome, report.failure, token=report.token, stop_nonce=report.stop_nonce)
+    _learn(connection, operation, report.outcome, report.failure, token=report.token)
 
 
 def never_begun(connection: Connection, operation: uuid.UUID) -> None:
@@ -210,7 +208,6 @@ def _handoff_of(row: Row[Any]) -> Handoff:
         handoff=row.handoff,
         outcome=row.outcome,
         token=row.token,
-        stop_nonce=row.stop_nonce,
         receipt=row.receipt,
         failure=row.failure,
         is_told=row.is_told,

@@ -83,7 +83,7 @@ class Settler:
         found = report.handoff
         if found is None or found.handoff != handoff.handoff or found.outcome not in {"kept", "gone"}:
             return handoff
-        if found.outcome == "gone" and (found.token is None or found.stop_nonce is None):
+        if found.outcome == "gone" and found.token is None:
             raise MessageError(f"host {handoff.source} says that the VM has gone, and does not give what proves it")
         with self.database.begin() as connection:
             handoffs.hear(connection, handoff.operation, found)
@@ -135,7 +135,6 @@ class Settler:
             want="running",
             handoff=handoff.handoff,
             token=handoff.token,
-            stop_nonce=handoff.stop_nonce,
         )
         refusal: SpvtpmError = MessageError(f"host {handoff.destination} does not say that the VM has come")
         try:

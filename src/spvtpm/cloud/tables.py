@@ -138,7 +138,6 @@ handoffs = Table(
     Column("handoff", String(32)),  # its id, as the source told it; until then nothing is ordered at the destination
     Column("outcome", String(8), nullable=False),  # open, kept or gone; as the source said
     Column("token", String(64)),  # of the source, for the destination
-    Column("stop_nonce", String(64)),
     Column("receipt", String(64)),  # of the destination, for the source
     Column("failure", Text, nullable=False),
     Column("is_told", Boolean, nullable=False),  # whether both sides know the end

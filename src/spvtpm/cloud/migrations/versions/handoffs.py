@@ -22,7 +22,6 @@ def upgrade() -> None:
         sa.Column("handoff", sa.String(length=32), nullable=True),
         sa.Column("outcome", sa.String(length=8), nullable=False),
         sa.Column("token", sa.String(length=64), nullable=True),
-        sa.Column("stop_nonce", sa.String(length=64), nullable=True),
         sa.Column("receipt", sa.String(length=64), nullable=True),
         sa.Column("failure", sa.Text(), nullable=False),
         sa.Column("is_told", sa.Boolean(), nullable=False),
