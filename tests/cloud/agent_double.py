@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
-import socket
 import threading
-import urllib.parse
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import msgspec
+from websockets.sync.server import ServerConnection
 
 from spvtpm.wire.agent_api import PAGE_REPORTS, HostReport, Order, VmReport, VmReports, WantedState
-from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
+from spvtpm.wire.errors import AlreadyExists, NotFound, TooMany, WrongState
 from spvtpm.wire.introductions import Papers
 from spvtpm.wire.messages import VmInfo, VtpmInfo
-from spvtpm.wire.platform_errors import NoSuchToken, Superseded
-from spvtpm.wire.problems import PROBLEM_TYPE, problem_of
+from spvtpm.wire.platform_errors import Superseded
+from tests.cloud.double_server import TOKEN, UnixServer
+from tests.cloud.moving_double import Arrival, Departure, Stage, shown
 
-TOKEN = "t" * 40
+__all__ = ["PAPERS", "TOKEN", "AgentDouble", "DoubleVm"]
 PAPERS = Papers((b"channel", b"chip", b"intermediate", b"root"))
 
 
@@ -35,12 +32,13 @@ class DoubleVm:
 
     sequence: int = 0
     want: WantedState | None = None
-    block: Literal["running", "stopped", "failed", "hibernated"] | None = None
+    block: Literal["running", "stopped", "failed", "hibernated", "leaving", "arriving"] | None = None
     boots: int = 0
     machine: Literal["none", "changing", "running"] = "none"
     image: bytes | None = None
     failure: str = ""
     vtpm_id: uuid.UUID = field(default_factory=uuid.uuid4)
+    move: Departure | Arrival | None = None
 
 
 class AgentDouble:
@@ -53,6 +51,10 @@ class AgentDouble:
         before_order: called with each order before it counts; may wait, or raise what the agent then answers.
         after_order: called with each order after it was carried out, before the answer; may do the same.
         before_request: called with the method and path of each request about one VM.
+        at_stage: called with each stage of a departure; may wait, or raise why the VM stays.
+        frames: how many of them the memory of a VM is that moves.
+        others: doubles that may have the same VMs.
+        violations: VMs that ran here while they ran at another one.
     """
 
     def __init__(self, socket_path: Path, chip_id: str = "00" * 16, *, firmware: int = 1, max_vms: int = 64) -> None:
@@ -66,8 +68,12 @@ class AgentDouble:
         self.before_order: Callable[[uuid.UUID, Order], None] = lambda _vm, _order: None
         self.after_order: Callable[[uuid.UUID, Order], None] = lambda _vm, _order: None
         self.before_request: Callable[[str, str], None] = lambda _method, _path: None
+        self.at_stage: Callable[[uuid.UUID, Stage], None] = lambda _vm, _stage: None
+        self.frames = 4
+        self.others: list[AgentDouble] = []
+        self.violations: list[uuid.UUID] = []
         self._lock = threading.RLock()
-        self._server: _UnixServer | None = None
+        self._server: UnixServer | None = None
         self.up()
 
     @property
@@ -87,14 +93,15 @@ class AgentDouble:
         """Answers."""
         if self._server is None:
             self.path.unlink(missing_ok=True)
-            self._server = _UnixServer(self)
+            self._server = UnixServer(self)
 
     def down(self) -> None:
         """Does not answer any more, and ends every connection."""
-        if self._server is not None:
-            self._server.end()
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            server.end()
             self.path.unlink(missing_ok=True)
+            server.links.end()
 
     def provision(self, vm_id: uuid.UUID) -> None:
         """What an owner does through the channel."""
@@ -120,12 +127,36 @@ class AgentDouble:
                 security_block=vm.block and VmInfo(vm_id=vm_id, state=vm.block, boots=vm.boots, vtpm=vtpm),
                 image=vm.image is not None,
                 failure=vm.failure,
+                handoff=None if vm.move is None else vm.move.report(),
             )
+
+    def runs(self, vm_id: uuid.UUID) -> bool:
+        """Whether the VM runs here."""
+        return vm_id in self.vms and self.vms[vm_id].machine == "running"
+
+    def has(self, vm_id: uuid.UUID) -> bool:
+        """Whether the secure processor has anything of the VM."""
+        return vm_id in self.vms and self.vms[vm_id].block is not None
+
+    def may_link(self, vm_id: uuid.UUID, handoff: str) -> None:
+        """Raises if there is no such handoff open."""
+        with self._lock:
+            move = self.vms[vm_id].move if vm_id in self.vms else None
+            if move is None or move.handoff != handoff or move.is_linked or move.report().outcome != "open":
+                raise NotFound("no such handoff is open here")
+
+    def serve_link(self, vm_id: uuid.UUID, link: ServerConnection) -> None:
+        """Serves the link of a handoff that is open."""
+        move = self.vms[vm_id].move
+        if isinstance(move, Departure):
+            move.serve(link, self.frames, lambda stage: self.at_stage(vm_id, stage))
+        elif move is not None:
+            move.serve(link)
 
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> bytes:
         """Answers a request, or raises what it answers instead."""
         if (method, path) == ("GET", "/v1/host"):
-            return msgspec.json.encode(self._host_report())
+            return msgspec.json.encode(self.host_report())
         if (method, path) == ("GET", "/v1/vms"):
             return self._page(query.get("after", ""))
         found = re.fullmatch(r"/v1/vms/([0-9a-f-]{36})(/image)?", path)
@@ -141,7 +172,8 @@ class AgentDouble:
             self.after_order(vm_id, order)
         return msgspec.json.encode(self.report(vm_id))
 
-    def _host_report(self) -> HostReport:
+    def host_report(self) -> HostReport:
+        """What the double says of itself."""
         return HostReport(
             chip_id=self.chip_id,
             firmware=self.firmware,
@@ -189,91 +221,73 @@ class AgentDouble:
                 case "defined":
                     pass
                 case "absent":
+                    self._end_move(vm, order)
                     if vm.block is not None:
                         raise WrongState("the secure processor has it")
-                    vm.machine, vm.image = "none", None
+                    vm.machine, vm.image, vm.move = "none", None, None
+                case "arriving":
+                    self._expect(vm, order)
                 case _ if vm.block is None:
                     raise NotFound("its owner has not provisioned it")
+                case "departing":
+                    self._depart(vm_id, vm, order)
+                case "running" if isinstance(vm.move, Arrival) and not vm.move.has_come:
+                    self._come(vm_id, vm, vm.move, order)
                 case "running":
+                    if isinstance(vm.move, Departure):
+                        vm.move.take_back()
                     if vm.machine != "running":
                         vm.boots += vm.block != "hibernated"
-                        vm.machine, vm.block, vm.image = "running", "running", None
+                        vm.block, vm.image = "running", None
+                        self._begin_to_run(vm_id, vm)
                 case "stopped":
                     vm.machine, vm.block = "none", "stopped"
                 case "hibernated":
                     if vm.block == "running":
                         vm.machine, vm.block, vm.image = "none", "hibernated", b"memory of " + vm_id.bytes
 
+    def _begin_to_run(self, vm_id: uuid.UUID, vm: DoubleVm) -> None:
+        vm.machine = "running"
+        if any(other.runs(vm_id) for other in self.others):
+            self.violations.append(vm_id)
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _UnixServer
-    protocol_version = "HTTP/1.1"
+    def _depart(self, vm_id: uuid.UUID, vm: DoubleVm, order: Order) -> None:
+        move = vm.move
+        if isinstance(move, Departure) and (move.sequence == order.sequence or move.outcome == "open"):
+            return
+        if vm.machine != "running":
+            raise WrongState("it does not run")
 
-    def do_GET(self) -> None:
-        self._serve()
+        def keep() -> None:
+            vm.block = "running"
+            self._begin_to_run(vm_id, vm)
 
-    def do_PUT(self) -> None:
-        self._serve()
+        def halt() -> None:
+            vm.machine, vm.block = "none", "leaving"
 
-    def _serve(self) -> None:
-        where = urllib.parse.urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status, kind = 200, "application/json"
-        try:
-            if self.headers["Authorization"] != f"Bearer {TOKEN}":
-                raise NoSuchToken("wrong token")
-            answer = self.server.double.answer(
-                self.command, where.path, dict(urllib.parse.parse_qsl(where.query)), body
-            )
-        except SpvtpmError as error:
-            problem = problem_of(error)
-            status, kind, answer = problem.status, PROBLEM_TYPE, json.dumps(msgspec.to_builtins(problem)).encode()
-        with suppress(OSError):  # the platform may be dead by now
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+        vm.move = Departure(self._lock, order.sequence, keep, halt)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+    def _expect(self, vm: DoubleVm, order: Order) -> None:
+        assert order.handoff is not None
+        if isinstance(vm.move, Arrival) and vm.move.handoff == order.handoff:
+            return
+        if vm.block is not None:
+            raise AlreadyExists("the secure processor has it")
+        if sum(one.block is not None for one in self.vms.values()) >= self.max_vms:
+            raise TooMany("no room")
+        vm.block, vm.move = "arriving", Arrival(order.handoff)
 
-    def address_string(self) -> str:
-        return "unix"
+    def _come(self, vm_id: uuid.UUID, vm: DoubleVm, move: Arrival, order: Order) -> None:
+        move.verify_commit(order.token)
+        move.has_come, vm.block = True, "running"
+        vm.boots += 0 if move.is_whole else 1  # its memory was lost on the way
+        self._begin_to_run(vm_id, vm)
 
-
-class _UnixServer(ThreadingHTTPServer):
-    address_family = socket.AF_UNIX
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, double: AgentDouble) -> None:
-        self.double = double
-        self._connections: set[socket.socket] = set()
-        super().__init__(str(double.path), _Handler)  # type: ignore[arg-type]  # a path instead of host and port
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
-
-    def server_bind(self) -> None:
-        self.socket.bind(str(self.double.path))
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = self.socket.accept()
-        self._connections.add(connection)
-        return connection, address or ("unix", 0)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A platform that is killed resets its connections."""
-
-    def end(self) -> None:
-        """Ends."""
-        self.shutdown()
-        self.server_close()
-        for connection in list(self._connections):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+    def _end_move(self, vm: DoubleVm, order: Order) -> None:
+        if order.handoff is None or vm.move is None:
+            return
+        if isinstance(vm.move, Arrival):
+            vm.move.verify_abort(order.token)
+        elif vm.move.outcome != "gone" or order.token is None or shown(order.token) != vm.move.receipt:
+            raise WrongState("no receipt of this handoff")
+        vm.block = None

@@ -11,8 +11,9 @@ import httpx
 import msgspec
 import pytest
 
-from spvtpm.cloud import operations, tables
+from spvtpm.cloud import tables
 from spvtpm.cloud.database import Database
+from spvtpm.cloud.events import record_event
 from spvtpm.wire.platform_api import (
     MAX_BODY_BYTES,
     PAGE_VMS,
@@ -313,14 +314,14 @@ def test_vms_come_in_pages_by_name(served: ServedPlatform, alice: httpx.Client, 
 def test_events_come_in_pages_and_never_from_before_the_vm(served: ServedPlatform, alice: httpx.Client) -> None:
     vm_id = uuid.uuid4()
     with served.database.write() as connection:
-        operations.record_event(connection, vm_id, "another", "of one that had this id before")
+        record_event(connection, vm_id, "another", "of one that had this id before")
     with served.database.write() as connection:
         connection.execute(tables.events.update().where(tables.events.c.vm_id == vm_id).values(time_s=1))
     body = {**new_vm(), "vm_id": str(vm_id)}
     assert alice.post("/v1/vms", json=body).status_code == 202
     with served.database.write() as connection:
         for number in range(150):
-            operations.record_event(connection, vm_id, "noted", str(number))
+            record_event(connection, vm_id, "noted", str(number))
     found, after = [], 0
     while True:
         page = msgspec.json.decode(alice.get(f"/v1/vms/{vm_id}/events?after={after}").content, type=EventPage)

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from spvtpm.cloud import tables
 from spvtpm.cloud.duties import Duties
+from spvtpm.cloud.plans import UNDOING
 from spvtpm.wire.agent_api import Order
 from spvtpm.wire.errors import WorkerError
 from spvtpm.wire.platform_api import Operation, Wants
@@ -124,7 +125,7 @@ def test_a_start_that_the_host_refuses_is_undone_and_says_why(
     ended = platform.ended(platform.submit("start", vm_id))
     assert ended.error is not None and (ended.error.code, ended.error.detail) == ("worker", "the vTPM's process died")
     first, last = [order for _, order in agent.carried_out][-2:]
-    assert (first.want, last.want, last.sequence) == ("running", "stopped", first.sequence + 1)
+    assert (first.want, last.want, last.sequence) == ("running", "stopped", first.sequence + UNDOING)
     assert state(platform, vm_id) == "stopped"
     assert platform.events(vm_id)[-1] == "failed"
 

@@ -11,13 +11,16 @@ import msgspec
 
 from spvtpm.wire.agent_api import MAX_IMAGE_BYTES, HostReport, Order, VmReport, VmReports
 from spvtpm.wire.decoding import UNDECODABLE, in_words
-from spvtpm.wire.errors import MessageError
+from spvtpm.wire.errors import MessageError, NotRunning
 from spvtpm.wire.platform_errors import TooLarge, Unavailable
 from spvtpm.wire.problems import MAX_PROBLEM_BYTES, error_of
 
 if TYPE_CHECKING:
     import uuid
     from collections.abc import Iterator
+
+AWAY: Final = (Unavailable, NotRunning)
+"""A host that is away, or one whose secure processor is: both come back, mostly."""
 
 ANSWER_TIMEOUT_S: Final = 30.0
 """How long an agent may take for an order. It may be asked again: an order is repeatable, and the agent goes on with it."""

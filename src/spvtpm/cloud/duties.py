@@ -115,8 +115,8 @@ class Duties:
             self._is_running.set()
         with self._database.connect() as connection:
             waiting = operations.waiting_for_hand_over(connection, _AT_ONCE)
-        for operation_id, host in waiting:
-            self._engine.hand_over(operation_id, host or _NO_HOST_YET)
+        for operation_id, kind, host in waiting:
+            self._engine.hand_over(operation_id, _queue_key(kind, host))
             with self._database.begin() as connection:
                 operations.mark_handed_over(connection, operation_id)
         if len(waiting) == _AT_ONCE:
@@ -146,3 +146,8 @@ class Duties:
             count = self._engine.take_over(name)
             logger.warning("replica %s is dead; it had begun %d operations, which go on here", name, count)
             self._replicas.bury(name)
+
+
+def _queue_key(kind: str, host: str | None) -> str:
+    """Migrations take long: nothing else at the host waits behind them."""
+    return f"{host}: migrations" if kind == "migrate" else host or _NO_HOST_YET

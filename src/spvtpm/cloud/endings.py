@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, update
 
-from spvtpm.cloud import operations, tables
+from spvtpm.cloud import handoffs, operations, tables
+from spvtpm.cloud.events import record_event
 from spvtpm.cloud.observations import observe
 from spvtpm.cloud.plans import PLANS
 from spvtpm.wire.errors import SpvtpmError
@@ -15,7 +16,7 @@ from spvtpm.wire.errors import SpvtpmError
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from spvtpm.cloud.steps import Undertaking
+    from spvtpm.cloud.undertakings import Undertaking
     from spvtpm.wire.agent_api import VmReport
     from spvtpm.wire.platform_api import OperationKind, VmState
     from spvtpm.wire.problems import Problem
@@ -27,6 +28,7 @@ _LEADS_TO: Final[dict[OperationKind, VmState]] = {
     "shutdown": "stopped",
     "hibernate": "hibernated",
     "resume": "running",
+    "migrate": "running",
     "release": "away",
     "destroy": "away",
 }
@@ -49,10 +51,12 @@ def conclude(work: Undertaking, problem: Problem | None) -> None:
     with work.database.begin() as connection:
         vm = work.locked_vm(connection)
         operations.end(connection, work.operation_id, problem)
-        if problem is None:
-            operations.record_event(connection, work.vm_id, PLANS[work.kind].event, _detail(work.kind, vm.host))
-        else:
-            operations.record_event(connection, work.vm_id, "failed", f"{work.kind}: {problem.detail}")
+        if work.kind == "migrate":
+            handoffs.forget_told(connection, work.operation_id)
+        if problem is None and work.kind != "migrate":  # which was written down as the VM came
+            record_event(connection, work.vm_id, PLANS[work.kind].event, _detail(work.kind, vm.host))
+        elif problem is not None:
+            record_event(connection, work.vm_id, "failed", f"{work.kind}: {problem.detail}")
         is_done = problem is None
         if (work.kind, is_done) in {("destroy", True), ("create", False)}:
             _remove(connection, work)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from spvtpm.cloud import queries
+from spvtpm.cloud import handoffs, queries
 from spvtpm.cloud.tables import hosts, vms
 from spvtpm.wire.errors import NotFound, WrongState
 from spvtpm.wire.platform_api import Host, HostAddress
@@ -53,10 +53,14 @@ def remove_host(connection: Connection, name: str) -> None:
 
     Raises:
         NotFound: there is none of this name.
-        WrongState: VMs are placed there.
+        WrongState: VMs are placed there, or moving there.
     """
+    moving = handoffs.count_undecided(connection, name)
+    if moving:
+        raise WrongState(f"VMs are moving to or from host {name}: {moving}; it has to be settled first where they are")
     try:
         with connection.begin_nested():
+            handoffs.forget_host(connection, name)
             if connection.execute(delete(hosts).where(hosts.c.name == name)).rowcount == 0:
                 raise NotFound(f"there is no host {name}")
     except IntegrityError:
@@ -78,6 +82,20 @@ def agent_of_chip(connection: Connection, chip_id: str) -> AgentAddress:
     return AgentAddress(*row)
 
 
+def agent_of_host(connection: Connection, name: str) -> AgentAddress:
+    """The agent of a host.
+
+    Raises:
+        NotFound: there is none of this name.
+    """
+    row = connection.execute(
+        select(hosts.c.name, hosts.c.address, hosts.c.token).where(hosts.c.name == name)
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no host {name}")
+    return AgentAddress(*row)
+
+
 def agent_of_vm(connection: Connection, user: str, vm_id: uuid.UUID) -> AgentAddress:
     """The agent of the host where a VM is placed.
 
@@ -88,5 +106,4 @@ def agent_of_vm(connection: Connection, user: str, vm_id: uuid.UUID) -> AgentAdd
     vm = queries.find_vm(connection, user, vm_id)
     if vm.host is None:
         raise WrongState(f"VM {vm.name} is {vm.state}: it has no host")
-    row = connection.execute(select(hosts.c.name, hosts.c.address, hosts.c.token).where(hosts.c.name == vm.host)).one()
-    return AgentAddress(*row)
+    return agent_of_host(connection, vm.host)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from sqlalchemy import Connection, Row, func, select
 
-from spvtpm.cloud import tables
+from spvtpm.cloud import handoffs, tables
 from spvtpm.cloud.placement import Candidate
 from spvtpm.wire.agent_api import HostReport
 
@@ -45,15 +46,21 @@ def placed_vms(connection: Connection) -> dict[str, int]:
 def candidates(connection: Connection) -> list[Candidate]:
     """All hosts for a placement. They stay as they are until the transaction ends, and so does what is placed at them."""
     rows = connection.execute(select(tables.hosts).order_by(tables.hosts.c.name).with_for_update()).all()
-    placed, now_s = placed_vms(connection), time.time()
-    return [Candidate(row.name, _against(row, now_s), report_of(row), placed.get(row.name, 0)) for row in rows]
+    placed, now_s = Counter(placed_vms(connection)) + handoffs.coming(connection), time.time()
+    return [Candidate(row.name, _against(row, now_s), report_of(row), placed[row.name]) for row in rows]
 
 
 def _against(host: Row[Any], now_s: float) -> str:
     if is_online(host, now_s):
-        return ""
+        return "draining" if host.is_draining else ""
     is_fresh = host.seen_s is not None and now_s - host.seen_s < ONLINE_WITHIN_S
     return host.failure if is_fresh and host.failure else "not online"
+
+
+def agent_if_known(connection: Connection, agents: Agents, host: str) -> Agent | None:
+    """The agent of a host that may have been forgotten meanwhile; None: it was."""
+    row = connection.execute(select(tables.hosts).where(tables.hosts.c.name == host)).one_or_none()
+    return None if row is None else agents.agent(row.name, row.address, row.token)
 
 
 def agent_of(connection: Connection, agents: Agents, host: str) -> Agent:

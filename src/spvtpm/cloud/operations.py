@@ -14,11 +14,12 @@ import msgspec
 from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from spvtpm.cloud import tables
+from spvtpm.cloud import handoffs, tables
+from spvtpm.cloud.events import record_event
 from spvtpm.cloud.plans import ORDERS_PER_OPERATION, PLANS, verify_state
-from spvtpm.wire.errors import AlreadyExists, NotFound
+from spvtpm.wire.errors import AlreadyExists, NotFound, WrongState
 from spvtpm.wire.platform_api import NewVm, Operation, OperationKind, Wants
-from spvtpm.wire.platform_errors import IdempotencyMismatch, OperationUnderWay
+from spvtpm.wire.platform_errors import Cancelled, IdempotencyMismatch, OperationUnderWay
 from spvtpm.wire.problems import Problem
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def submit(
     idempotency_key: str | None = None,
     new: NewVm | None = None,
     wants: Wants | None = None,
+    destination: str | None = None,
 ) -> Operation:
     """Begins an operation, or finds the one that the same request began before.
 
@@ -50,6 +52,7 @@ def submit(
         idempotency_key: by which the user knows the request again.
         new: the VM to create; for `create` alone.
         wants: which hosts will do from now on; for `place` alone, None: as before.
+        destination: the host to move to; for `migrate` alone, None: whichever will do.
 
     Raises:
         NotFound: the user has no such VM.
@@ -76,7 +79,7 @@ def submit(
             raise AlreadyExists(f"a VM named {new.name}, or one of this id, exists already") from None
     if vm is None:
         raise NotFound(f"there is no VM {vm_id} of yours")
-    return _begin(connection, vm, kind, idempotency_key, request_sha256, wants)
+    return _begin(connection, vm, kind, idempotency_key, request_sha256, wants, destination)
 
 
 def _begun_before(connection: Connection, user: str, key: str | None, request_sha256: bytes) -> Operation | None:
@@ -125,9 +128,11 @@ def _begin(
     key: str | None,
     request_sha256: bytes,
     wants: Wants | None,
+    destination: str | None,
 ) -> Operation:
     if vm.operation is not None:
         raise OperationUnderWay(f"VM {vm.name} has an operation that has not ended")
+    _verify_settled(connection, vm)
     verify_state(kind, vm.name, vm.state)
     operation_id, now_s = uuid.uuid4(), time.time()
     values: dict[str, Any] = {
@@ -150,8 +155,28 @@ def _begin(
     if changed.rowcount != 1:
         raise OperationUnderWay(f"VM {vm.name} has an operation that has not ended")
     return _insert(
-        connection, operation_id, kind, vm.user, vm.vm_id, vm.name, vm.sequence + 1, key, request_sha256, now_s
+        connection,
+        operation_id,
+        kind,
+        vm.user,
+        vm.vm_id,
+        vm.name,
+        vm.sequence + 1,
+        key,
+        request_sha256,
+        now_s,
+        destination,
     )
+
+
+def _verify_settled(connection: Connection, vm: Row[Any]) -> None:
+    handoff = handoffs.undecided(connection, vm.vm_id)
+    if handoff is not None:
+        awaited = handoff.source if handoff.outcome == "open" else handoff.destination
+        raise OperationUnderWay(
+            f"VM {vm.name} was on its way from host {handoff.source} to host {handoff.destination} when that migration "
+            f"ended: it is settled as soon as host {awaited} answers"
+        )
 
 
 def _insert(
@@ -165,6 +190,7 @@ def _insert(
     key: str | None,
     request_sha256: bytes,
     now_s: float,
+    destination: str | None = None,
 ) -> Operation:
     connection.execute(
         insert(tables.operations).values(
@@ -181,6 +207,7 @@ def _insert(
             idempotency_key=key,
             request_sha256=request_sha256,
             handed_over=False,
+            destination=destination,
             created_s=now_s,
             changed_s=now_s,
         )
@@ -238,8 +265,8 @@ def record_progress(connection: Connection, operation_id: uuid.UUID, *, step: st
     _say(connection, operation_id, step=step[:_MAX_DETAIL], steps_done=steps_done)
 
 
-def record_undoing(connection: Connection, operation_id: uuid.UUID, step: str) -> None:
-    """Says that an operation is being undone, and why. Arguments as of `record_progress`."""
+def record_words(connection: Connection, operation_id: uuid.UUID, step: str) -> None:
+    """Says more of a step that is under way, or that an operation is being undone. Arguments as of `record_progress`."""
     _say(connection, operation_id, step=step[:_MAX_DETAIL])
 
 
@@ -249,6 +276,50 @@ def _say(connection: Connection, operation_id: uuid.UUID, **values: str | int) -
         .where(tables.operations.c.operation_id == operation_id, tables.operations.c.state.in_(_OPEN))
         .values(state="running", changed_s=time.time(), **values)
     )
+
+
+def cancel(connection: Connection, user: str, operation_id: uuid.UUID) -> Operation:
+    """Has a migration be given up; whoever runs it notices. If the VM has gone by then, the migration goes on to its end.
+
+    Args:
+        connection: in a transaction.
+        user: whose operation it is.
+        operation_id: the operation.
+
+    Raises:
+        NotFound: the user has begun none of this id.
+        WrongState: it is of another kind, or it is too late.
+    """
+    row = connection.execute(
+        select(tables.operations).where(
+            tables.operations.c.operation_id == operation_id, tables.operations.c.user == user
+        )
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no operation {operation_id} of yours")
+    if row.state not in _OPEN:
+        raise WrongState(f"{row.kind} of VM {row.vm_name} has ended already: it is {row.state}")
+    if row.kind != "migrate":
+        raise WrongState(f"{row.kind} cannot be cancelled: only a migration can")
+    handoff = handoffs.find(connection, operation_id)
+    if handoff is not None and handoff.outcome == "gone":
+        raise WrongState(f"VM {row.vm_name} has left host {handoff.source} already: its migration can only go on")
+    connection.execute(
+        update(tables.operations).where(tables.operations.c.operation_id == operation_id).values(is_cancelled=True)
+    )
+    return read(connection, operation_id)
+
+
+def verify_wanted(connection: Connection, operation_id: uuid.UUID) -> None:
+    """Whether an operation's user still wants it.
+
+    Raises:
+        Cancelled: he does not.
+    """
+    if connection.scalar(
+        select(tables.operations.c.is_cancelled).where(tables.operations.c.operation_id == operation_id)
+    ):
+        raise Cancelled("its user cancelled it")
 
 
 def end(connection: Connection, operation_id: uuid.UUID, problem: Problem | None) -> bool:
@@ -271,10 +342,10 @@ def end(connection: Connection, operation_id: uuid.UUID, problem: Problem | None
     return changed.rowcount == 1
 
 
-def waiting_for_hand_over(connection: Connection, limit: int) -> Sequence[Row[uuid.UUID, str | None]]:
-    """Operations that the workflow engine has not been told of, oldest first: `operation_id` and `host` of each."""
+def waiting_for_hand_over(connection: Connection, limit: int) -> Sequence[Row[uuid.UUID, str, str | None]]:
+    """Operations that the workflow engine has not been told of, oldest first: `operation_id`, `kind`, `host` of each."""
     return connection.execute(
-        select(tables.operations.c.operation_id, tables.vms.c.host)
+        select(tables.operations.c.operation_id, tables.operations.c.kind, tables.vms.c.host)
         .join(tables.vms, tables.vms.c.vm_id == tables.operations.c.vm_id, isouter=True)
         .where(tables.operations.c.handed_over.is_(False), tables.operations.c.state == "queued")
         .order_by(tables.operations.c.created_s)
@@ -286,18 +357,4 @@ def mark_handed_over(connection: Connection, operation_id: uuid.UUID) -> None:
     """The workflow engine has the operation."""
     connection.execute(
         update(tables.operations).where(tables.operations.c.operation_id == operation_id).values(handed_over=True)
-    )
-
-
-def record_event(connection: Connection, vm_id: uuid.UUID, what: str, detail: str = "") -> None:
-    """Something happened to a VM.
-
-    Args:
-        connection: in a transaction.
-        vm_id: the VM.
-        what: a word.
-        detail: a sentence; cut at 2048 characters.
-    """
-    connection.execute(
-        insert(tables.events).values(vm_id=vm_id, time_s=time.time(), what=what, detail=detail[:_MAX_DETAIL])
     )

@@ -19,7 +19,7 @@ FINISHING: Final = 1
 UNDOING: Final = 2
 SWEEPING: Final = 3
 """Which of them an order has, so that who undoes, or sweeps up what neither could reach, is stronger than who does; `FINISHING`
-is the second order of a migration that goes well."""
+has a VM go on at the host that it has moved to. The host that it has left forgets it by the strongest: nothing follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,18 @@ PLANS: Final[dict[OperationKind, Plan]] = {
         "one that is away has to be placed first, one that was shut down to be started",
         (PlannedStep("run", "resuming the VM"),),
         "resumed",
+    ),
+    "migrate": Plan(
+        frozenset({"running"}),
+        "only one that runs can move; the vTPM of another one moves with its owner: released here, placed there",
+        (
+            PlannedStep("choose-destination", "choosing a host to move to"),
+            PlannedStep("depart", "opening the handoff at the VM's host"),
+            PlannedStep("arrive", "having the other host expect the VM"),
+            PlannedStep("carry", "moving the VM"),
+            PlannedStep("go-on", "having the VM go on at its new host"),
+        ),
+        "migrated",
     ),
     "release": Plan(
         frozenset({"placed", "stopped", "hibernated", "failed"}),

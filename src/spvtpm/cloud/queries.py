@@ -280,6 +280,7 @@ def _host(row: Row[Any]) -> Host:
         max_vms=report.max_vms if report is not None else 0,
         missing_protection=report.missing_protection if report is not None else [],
         failure=row.failure,
+        is_draining=row.is_draining,
     )
 
 

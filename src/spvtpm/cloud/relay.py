@@ -11,19 +11,16 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from websockets.asyncio.client import ClientConnection, connect, unix_connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
 
 from spvtpm.cloud import auth
+from spvtpm.cloud.agent_sockets import CLOSE_S, connect_agent
 from spvtpm.cloud.answers import problem_answer
-from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import SpvtpmError
-from spvtpm.wire.introductions import MAX_CHANNEL_FRAME_BYTES
-from spvtpm.wire.platform_errors import NoSuchToken, Unavailable
-from spvtpm.wire.problems import MAX_PROBLEM_BYTES, error_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from spvtpm.cloud.host_addresses import AgentAddress
     from spvtpm.cloud.platform import Platform
 
-_OPEN_S: Final = 10.0
-_CLOSE_S: Final = 2.0
-_QUEUED_FRAMES: Final = 4
 # RFC 6455, section 7.4.1.
 _NORMAL, _GOING_AWAY, _UNSUPPORTED, _DEFECT = 1000, 1001, 1003, 1011
 _PASSED_ON: Final = frozenset({_NORMAL, _GOING_AWAY, _UNSUPPORTED, 1008, 1009, _DEFECT, 1012, 1013})
@@ -98,7 +92,7 @@ async def serve_relay(
             places.enter_context(platform.relays_of_user.taken(principal.user))
             places.enter_context(platform.relays_of_host.taken(target.agent.host))
             places.enter_context(platform.relays.taken())
-            upstream = await _connect(target)
+            upstream = await connect_agent(target.agent, target.path)
         except SpvtpmError as error:
             await websocket.send_denial_response(problem_answer(error))
             return
@@ -107,39 +101,6 @@ async def serve_relay(
             await _Relay(websocket, upstream, platform.config.limits.relay_idle_s).run(principal.user, target)
         finally:
             await upstream.close()
-
-
-async def _connect(target: Target) -> ClientConnection:
-    """
-    Raises:
-        Unavailable: the agent cannot be reached.
-        SpvtpmError: what the agent answers instead.
-    """
-    address = target.agent.address
-    options: dict[str, Any] = {
-        "additional_headers": {"Authorization": f"Bearer {target.agent.token}"},
-        "compression": None,  # ciphertext
-        "max_size": MAX_CHANNEL_FRAME_BYTES,
-        "max_queue": _QUEUED_FRAMES,
-        "open_timeout": _OPEN_S,
-        "close_timeout": _CLOSE_S,
-        "user_agent_header": None,
-    }
-    host = target.agent.host
-    try:
-        if address.startswith("unix:"):
-            return await unix_connect(address.removeprefix("unix:"), f"ws://agent{target.path}", **options)
-        scheme, _, rest = address.partition("://")
-        url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}{target.path}"
-        return await connect(url, proxy=None, **options)
-    except InvalidStatus as refusal:
-        error = error_of(bytes(refusal.response.body or b"")[:MAX_PROBLEM_BYTES], refusal.response.status_code)
-        if isinstance(error, NoSuchToken):  # ours, and nothing that the user could do anything about
-            raise Unavailable(f"host {host} does not know this platform") from None
-        raise error from None
-    except (OSError, TimeoutError, WebSocketException, ValueError) as error:
-        logger.warning("host %s cannot be reached: %s", host, printable(str(error)[:200]))
-        raise Unavailable(f"host {host} cannot be reached") from None
 
 
 class _Relay:
@@ -171,7 +132,7 @@ class _Relay:
                 *(target.what, user, target.agent.host, self._up, self._down, time.monotonic() - begun_s, end.why),
             )
         with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):  # it may be gone already
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(CLOSE_S):
                 await self._websocket.close(end.code, end.why)
 
     async def _upwards(self) -> _End:

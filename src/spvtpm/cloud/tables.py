@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     Uuid,
+    false,
 )
 
 metadata = MetaData(
@@ -70,6 +71,7 @@ hosts = Table(
     Column("seen_s", Float),
     Column("failure", Text, nullable=False, default=""),
     Column("created_s", Float, nullable=False),
+    Column("is_draining", Boolean, nullable=False, server_default=false()),  # it takes no VMs any more
 )
 
 vms = Table(
@@ -119,8 +121,27 @@ operations = Table(
     Column("handed_over", Boolean, nullable=False),  # whether the workflow engine has it
     Column("created_s", Float, nullable=False),
     Column("changed_s", Float, nullable=False),
+    Column("destination", _Name),  # the host that was asked for; of a migration
+    Column("is_cancelled", Boolean, nullable=False, server_default=false()),  # whether its user has asked for that
     UniqueConstraint("user", "idempotency_key"),
     Index("ix_operations_user_created", "user", "created_s"),
+)
+
+handoffs = Table(
+    "handoffs",
+    metadata,
+    Column("operation", Uuid, primary_key=True),  # a migration; it may have ended before the handoff has
+    Column("vm_id", Uuid, nullable=False, index=True),
+    Column("sequence", BigInteger, nullable=False),  # of the operation
+    Column("source", _Name, nullable=False),
+    Column("destination", _Name, nullable=False),
+    Column("handoff", String(32)),  # its id, as the source told it; until then nothing is ordered at the destination
+    Column("outcome", String(8), nullable=False),  # open, kept or gone; as the source said
+    Column("token", String(64)),  # of the source, for the destination
+    Column("receipt", String(64)),  # of the destination, for the source
+    Column("failure", Text, nullable=False),
+    Column("is_told", Boolean, nullable=False),  # whether both sides know the end
+    Column("created_s", Float, nullable=False),
 )
 
 events = Table(

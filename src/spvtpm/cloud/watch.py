@@ -1,4 +1,4 @@
-"""Looks at every host, again and again, and writes down what has changed. Every replica does.
+"""Looks at every host, again and again, writes down what has changed, and settles what migrations left. Every replica does.
 
 What it writes of a VM holds only if no operation has begun since it began to look: the VM's sequence tells.
 """
@@ -16,9 +16,11 @@ import msgspec
 from sqlalchemy import Engine, Row, func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from spvtpm.cloud import operations, tables
+from spvtpm.cloud import handoffs, operations, tables
+from spvtpm.cloud.events import record_event
 from spvtpm.cloud.observations import Observation, observe
 from spvtpm.cloud.plans import SWEEPING
+from spvtpm.cloud.settling import Settler
 from spvtpm.wire.agent_api import HostReport, Order, VmReport
 from spvtpm.wire.errors import MessageError, PolicyError, SpvtpmError
 
@@ -57,7 +59,7 @@ class Watch:
         self._submitted = submitted
         self._taken_after_s = taken_after_s
         self._taken: dict[uuid.UUID, float] = {}  # since when, monotonic
-        self._looking: dict[str, Future[None]] = {}
+        self._looking: dict[str, Future[None]] = {}  # by the host's name, or the handoff's
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="watch")
 
     def close(self) -> None:
@@ -71,9 +73,20 @@ class Watch:
         for row in rows:
             if row.name not in self._looking:
                 self._looking[row.name] = self._lookers.submit(self._look_at, row)
+        self._settle()
         done, _late = wait(self._looking.values(), timeout=_LOOK_S)
         for name in [name for name, looking in self._looking.items() if looking in done]:
             self._looking.pop(name).result()
+
+    def _settle(self) -> None:
+        """Settles the moves of VMs whose operations ended while a host was away."""
+        with self._database.connect() as connection:
+            left = handoffs.left_behind(connection)
+        settler = Settler(self._database, self._agents)
+        for handoff in left:
+            key = f"handoff {handoff.operation}"
+            if key not in self._looking:
+                self._looking[key] = self._lookers.submit(settler.settle_left_behind, handoff)
 
     def _look_at(self, host: Row[Any]) -> None:
         with self._database.connect() as connection:
@@ -145,6 +158,7 @@ class Watch:
                     tables.vms.c.operation.is_(None),
                     tables.vms.c.state == vm.state,  # two replicas see one change; one event tells of it
                     tables.vms.c.boots == vm.boots,
+                    tables.vms.c.host == vm.host,  # it may have moved, and this host have forgotten it since
                 )
                 .values(changed_s=time.time(), **columns)
             )
@@ -152,9 +166,9 @@ class Watch:
                 return
             if seen.state != vm.state:
                 why = f": {seen.failure}" if seen.failure else ""
-                operations.record_event(connection, vm.vm_id, seen.state, f"was {vm.state}{why}")
+                record_event(connection, vm.vm_id, seen.state, f"was {vm.state}{why}")
             elif seen.boots > vm.boots and seen.state == "running":
-                operations.record_event(connection, vm.vm_id, "rebooted", "its host began a new boot")
+                record_event(connection, vm.vm_id, "rebooted", "its host began a new boot")
 
     def _release(self, vm: Row[Any]) -> None:
         del self._taken[vm.vm_id]
@@ -182,6 +196,8 @@ class Watch:
             ).one_or_none()
             if vm is not None and (vm.operation is not None or vm.host == agent.host):
                 return
+            if agent.host in handoffs.hosts_to_tell(connection, report.vm_id):
+                return  # `_settle` has to tell it more
             # A number of the operation that the host heard of last, so anything newer is stronger.
             first = connection.scalar(
                 select(func.max(tables.operations.c.sequence)).where(

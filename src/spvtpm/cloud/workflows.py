@@ -1,5 +1,7 @@
 """Runs operations: parts that may be repeated, an undo, an end that happens once. Only the workflow engine comes in.
 
+A migration that its user has cancelled fails at its next part or try; what undoes it may find that it has to go on.
+
 Whoever works on an operation may be believed dead and be slow only. So each step looks first whether its operation is still
 the VM's current one, and each order has the operation's numbers: an agent refuses those of an operation that is over, and
 those of a doing that was undone. See docs/decisions/0014-durable-workflows-on-dbos.md and 0015.
@@ -18,11 +20,12 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from spvtpm.cloud import endings, operations, tables
+from spvtpm.cloud.agents import AWAY
 from spvtpm.cloud.durable import Leaving
 from spvtpm.cloud.plans import PLANS
-from spvtpm.cloud.steps import STEPS, UNDO, NotCurrent, Undertaking
-from spvtpm.wire.errors import NotRunning, SpvtpmError
-from spvtpm.wire.platform_errors import Unavailable
+from spvtpm.cloud.steps import STEPS, UNDO
+from spvtpm.cloud.undertakings import NotCurrent, Undertaking, WentThrough
+from spvtpm.wire.errors import SpvtpmError
 from spvtpm.wire.problems import Problem, problem_of
 
 if TYPE_CHECKING:
@@ -39,10 +42,7 @@ PATIENCE_S: Final = 60.0
 
 _MAX_DETAIL: Final = 2048  # problems.Problem
 _FIRST_PAUSE_S: Final = 0.25
-_LONGEST_PAUSE_S: Final = 5.0
-_AWAY: Final = (Unavailable, NotRunning)
-"""A host that is away, or one whose secure processor is: both come back, mostly."""
-
+_LONGEST_PAUSE_S: Final = 1.0  # within which a cancellation is noticed
 _DATABASE_AWAY: Final = (OperationalError, InterfaceError, NoConnectionFree)
 
 _Result = TypeVar("_Result")
@@ -55,10 +55,12 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         is_over: the operation is not under way any more: somebody else has ended it.
+        is_done: what was to be undone could not be, and was done to its end.
         problem: why the part failed.
     """
 
     is_over: bool = False
+    is_done: bool = False
     problem: Problem | None = None
 
 
@@ -99,7 +101,7 @@ class Workflows:
                 undone = self._durably(durably, "undo", partial(self._undo, work, problem))
                 if undone.is_over:
                     return
-                problem = undone.problem or problem
+                problem = None if undone.is_done else undone.problem or problem
                 break
         self._durably(durably, "end", partial(self._end, work, problem))
 
@@ -116,7 +118,7 @@ class Workflows:
             ).one_or_none()
         if row is None or row.state in {"done", "failed"}:
             return None
-        return Undertaking(operation_id, row.kind, row.vm_id, row.sequence, self._database, self._agents)
+        return Undertaking(operation_id, row.kind, row.vm_id, row.sequence, self._database, self._agents, self._leaving)
 
     def _durably(self, durably: Durably, name: str, part: Callable[[], _Answer]) -> _Answer:
         def answered() -> str:
@@ -130,21 +132,25 @@ class Workflows:
             with self._database.begin() as connection:
                 operations.record_progress(connection, work.operation_id, step=words, steps_done=number)
 
+        def act() -> None:
+            with self._database.connect() as connection:
+                operations.verify_wanted(connection, work.operation_id)
+            STEPS[step.name](work)
+
         tell("")
-        return self._attempted(partial(STEPS[step.name], work), self._patience_s, tell)
+        return self._attempted(act, self._patience_s, tell)
 
     def _undo(self, work: Undertaking, problem: Problem) -> _Answer:
         undo = UNDO.get(work.kind)
         if undo is None:
             return _Answer(problem=problem)
-        with self._database.begin() as connection:
-            operations.record_undoing(connection, work.operation_id, f"undoing it: {problem.detail}")
-        is_away = problem.code in {kind.code for kind in _AWAY}
+        work.say(f"undoing it: {problem.detail}")
+        is_away = problem.code in {kind.code for kind in AWAY}
         answer = self._attempted(partial(undo, work), 0.0 if is_away else self._patience_s)
         if answer.problem is not None and not is_away:
             detail = f"{problem.detail}; and undoing it failed: {answer.problem.detail}"
             problem = msgspec.structs.replace(problem, detail=detail[:_MAX_DETAIL])
-        return _Answer(is_over=answer.is_over, problem=problem)
+        return _Answer(is_over=answer.is_over, is_done=answer.is_done, problem=problem)
 
     def _end(self, work: Undertaking, problem: Problem | None) -> _Answer:
         return self._attempted(partial(endings.conclude, work, problem), self._patience_s)
@@ -160,7 +166,9 @@ class Workflows:
                 act()
             except NotCurrent:
                 return _Answer(is_over=True)
-            except _AWAY as error:
+            except WentThrough:
+                return _Answer(is_done=True)
+            except AWAY as error:
                 if time.monotonic() + pause_s > deadline:
                     sentence = f"{error}; what it did will be seen when it is back"
                     return _Answer(problem=problem_of(type(error)(sentence)))

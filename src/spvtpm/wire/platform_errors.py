@@ -40,6 +40,13 @@ class OperationUnderWay(PolicyError):
     hint = "Wait until it has ended; `spvtpm vm show NAME` tells."
 
 
+class Cancelled(PolicyError):
+    """A migration was cancelled by the user who had begun it."""
+
+    code = "cancelled"
+    hint = "The VM runs on where it was; `spvtpm vm migrate NAME` begins anew."
+
+
 class IdempotencyMismatch(PolicyError):
     """An idempotency key was used before, for another request."""
 

@@ -28,6 +28,7 @@ RESIDENCIES: Final = {
     "": "none here: there is none yet, or its owner has it",
     "active": "active: a process of its own in the secure processor",
     "parked": "parked: sealed in the secure processor's memory, back at the next command",
+    "halted": "halted: the VM is moving, and goes on here or at the host that it moves to",
     "off": "off: sealed in the secure processor's storage",
     "failed": "failed: its process died; the next boot brings it back",
 }

@@ -6,10 +6,10 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from spvtpm.cloud import auth, host_addresses, queries
+from spvtpm.cloud import auth, draining, host_addresses, queries
 from spvtpm.cloud.routing import Call, Route
 from spvtpm.wire.errors import NotFound, TooMany, WrongState
-from spvtpm.wire.platform_api import Host, HostAddress, MadeToken, NewToken, User
+from spvtpm.wire.platform_api import Drain, Host, HostAddress, MadeToken, NewToken, User
 
 
 def _hosts(connection: Connection, _: Call) -> list[Host]:
@@ -22,6 +22,14 @@ def _set_host(connection: Connection, call: Call) -> Host:
 
 def _remove_host(connection: Connection, call: Call) -> None:
     host_addresses.remove_host(connection, call.path["name"])
+
+
+def _drain(connection: Connection, call: Call) -> Drain:
+    return draining.drain(connection, call.path["name"])
+
+
+def _end_drain(connection: Connection, call: Call) -> Host:
+    return draining.end_drain(connection, call.path["name"])
 
 
 def _users(connection: Connection, _: Call) -> list[User]:
@@ -65,6 +73,26 @@ ADMINISTRATION: Final = (
         writes=True,
         status=204,
         errors=(NotFound, WrongState),
+    ),
+    Route(
+        "POST",
+        "/v1/hosts/{name}/drain",
+        "admin",
+        "Place no VM at a host any more, and move away those that run there.",
+        _drain,
+        writes=True,
+        answer=Drain,
+        errors=(NotFound,),
+    ),
+    Route(
+        "DELETE",
+        "/v1/hosts/{name}/drain",
+        "admin",
+        "Place VMs at a host again.",
+        _end_drain,
+        writes=True,
+        answer=Host,
+        errors=(NotFound,),
     ),
     Route("GET", "/v1/users", "admin", "All users, by name.", _users, answer=list[User]),
     Route(

@@ -1,4 +1,4 @@
-"""Operations, chips, and oneself: looked at."""
+"""Operations, chips, and oneself: looked at. And one thing to do: operations may be cancelled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from sqlalchemy import Connection
 
-from spvtpm.cloud import queries
+from spvtpm.cloud import operations, queries
 from spvtpm.cloud.routing import Call, Route
-from spvtpm.wire.errors import NotFound
+from spvtpm.wire.errors import NotFound, WrongState
 from spvtpm.wire.platform_api import Chip, Me, Operation, OperationPage
 
 
@@ -40,6 +40,10 @@ def _operations(connection: Connection, call: Call) -> OperationPage:
 
 def _operation(connection: Connection, call: Call) -> Operation:
     return queries.find_operation(connection, call.principal.sees, call.path["operation_id"])
+
+
+def _cancel(connection: Connection, call: Call) -> Operation:
+    return operations.cancel(connection, call.principal.user, call.path["operation_id"])
 
 
 def _chips(connection: Connection, _: Call) -> list[Chip]:
@@ -73,6 +77,16 @@ LOOKUPS: Final = (
         _operation,
         answer=Operation,
         errors=(NotFound,),
+    ),
+    Route(
+        "POST",
+        "/v1/operations/{operation_id}/cancel",
+        "vms",
+        "Give up a migration, unless the VM has left its host.",
+        _cancel,
+        writes=True,
+        answer=Operation,
+        errors=(NotFound, WrongState),
     ),
     Route("GET", "/v1/chips", "read", "All chips, by id.", _chips, answer=list[Chip]),
     Route("GET", "/v1/chips/{chip_id}", "read", "One chip.", _chip, answer=Chip, errors=(NotFound,)),

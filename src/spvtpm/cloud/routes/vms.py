@@ -14,6 +14,7 @@ from spvtpm.cloud import operations, queries, tables
 from spvtpm.cloud.routing import Call, Route
 from spvtpm.wire.errors import AlreadyExists, NotFound, SpvtpmError, TooMany, WrongState
 from spvtpm.wire.platform_api import (
+    Destination,
     EventPage,
     NewVm,
     Operation,
@@ -73,6 +74,19 @@ def _operate(connection: Connection, call: Call, *, kind: OperationKind) -> Oper
         request_sha256=call.request_sha256,
         idempotency_key=call.idempotency_key,
         wants=wants,
+    )
+
+
+def _migrate(connection: Connection, call: Call) -> Operation:
+    where: Destination = call.body
+    return operations.submit(
+        connection,
+        user=call.principal.user,
+        kind="migrate",
+        vm_id=call.path["vm_id"],
+        request_sha256=call.request_sha256,
+        idempotency_key=call.idempotency_key,
+        destination=where.host,
     )
 
 
@@ -150,6 +164,19 @@ VMS: Final = (
     _operation("POST", "/v1/vms/{vm_id}/hibernate", "hibernate", "Hibernate the VM."),
     _operation("POST", "/v1/vms/{vm_id}/resume", "resume", "Go on where the VM was hibernated."),
     _operation("POST", "/v1/vms/{vm_id}/release", "release", "Its owner has the VM's vTPM: it needs no host any more."),
+    Route(
+        "POST",
+        "/v1/vms/{vm_id}/migrate",
+        "vms",
+        "Move the VM to another host while it runs.",
+        _migrate,
+        writes=True,
+        body=Destination,
+        answer=Operation,
+        status=202,
+        operates=True,
+        errors=_OPERATING_ERRORS,
+    ),
     _operation("DELETE", "/v1/vms/{vm_id}", "destroy", "Its owner has destroyed the VM's vTPM: forget the VM."),
     Route(
         "GET",

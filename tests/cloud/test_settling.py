@@ -1,0 +1,216 @@
+"""Moves in any order of steps, faults and latecomers: at every moment at most one host runs the VM, and in the end one does."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sqlalchemy import insert, select
+
+from spvtpm.cloud import handoffs, operations, tables
+from spvtpm.cloud.agents import Agents
+from spvtpm.cloud.moves import MOVES, undo_move
+from spvtpm.cloud.settling import Settler
+from spvtpm.cloud.undertakings import NotCurrent, Undertaking, WentThrough
+from spvtpm.wire.agent_api import Order
+from spvtpm.wire.errors import NotRunning, SpvtpmError
+from spvtpm.wire.platform_errors import OperationUnderWay
+from spvtpm.wire.problems import problem_of
+from tests.cloud.agent_double import AgentDouble, DoubleVm
+from tests.cloud.moving_double import Arrival, Departure, shown
+from tests.cloud.platform_database import PlatformDatabase
+
+VM = uuid.UUID(int=1)
+Fault = Literal["lost", "answer lost"]
+
+
+class Moves(RuleBasedStateMachine):
+    """One VM, two hosts, and replicas that do their parts of its moves whenever they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory(prefix="spvtpm-")
+        here = Path(self.directory.name)
+        self.platform = PlatformDatabase(f"sqlite:///{here / 'p.sqlite'}")
+        self.doubles = {name: AgentDouble(here / f"{name}.sock", name[1] * 32) for name in ("h1", "h2")}
+        self.agents = Agents()
+        self.faults: dict[str, Fault] = {}
+        self.works: list[Undertaking] = []
+
+    @initialize()
+    def place(self) -> None:
+        """The VM runs at h1."""
+        first, second = self.doubles.values()
+        first.others, second.others = [second], [first]
+        for name, double in self.doubles.items():
+            double.before_order, double.after_order = self._fails(name, "lost"), self._fails(name, "answer lost")
+            self.platform.add_host(name, double)
+            seen = {"seen_s": 2e9 + time.time(), "report": msgspec.to_builtins(double.host_report())}
+            self._write(tables.hosts.update().where(tables.hosts.c.name == name).values(seen))
+        first.vms[VM] = DoubleVm(sequence=1, want="running", block="running", machine="running", boots=1)
+        row = {"vm_id": VM, "user": "ada", "name": "one", "state": "running", "host": "h1", "wants": {}, "sequence": 4}
+        rest = {"vtpm": "active", "boots": 1, "failure": "", "created_s": 0.0, "changed_s": 0.0}
+        self._write(insert(tables.vms).values(**row, **rest))
+
+    def _fails(self, name: str, fault: Fault) -> Callable[[uuid.UUID, Order], None]:
+        def fail(_vm: uuid.UUID, _order: Order) -> None:
+            if self.faults.get(name) == fault:
+                del self.faults[name]
+                raise NotRunning("nobody heard of it")
+
+        return fail
+
+    def _write(self, statement: Any) -> None:
+        with self.platform.engine.begin() as connection:
+            connection.execute(statement)
+
+    # What happens
+
+    @rule()
+    def begin(self) -> None:
+        """A user asks for a migration; refused while another is not decided."""
+        with suppress(OperationUnderWay):
+            asked = self.platform.submit("migrate", VM)
+            with self.platform.engine.connect() as connection:
+                row = connection.execute(
+                    select(tables.operations).where(tables.operations.c.operation_id == asked.operation_id)
+                ).one()
+            work = Undertaking(
+                asked.operation_id, "migrate", VM, row.sequence, self.platform.engine, self.agents, threading.Event()
+            )
+            self.works.append(work)
+
+    @precondition(lambda self: self.works)
+    @rule(late=st.integers(0, 3), name=st.sampled_from(["choose-destination", "depart", "arrive", "go-on", "undo"]))
+    def act(self, late: int, name: str) -> None:
+        """A replica does a part of the newest migration, or, late, of an older one."""
+        work = self.works[max(0, len(self.works) - 1 - late)]
+        self._do(work, undo_move if name == "undo" else MOVES[name])
+
+    @precondition(lambda self: self.works)
+    @rule()
+    def proceed(self) -> None:
+        """A replica does the first parts of the newest migration, one after the other."""
+        for name in ("choose-destination", "depart", "arrive"):
+            self._do(self.works[-1], MOVES[name])
+
+    def _do(self, work: Undertaking, part: Callable[[Undertaking], None]) -> None:
+        with self.platform.engine.connect() as connection:
+            handoff = handoffs.find(connection, work.operation_id)
+        # The parts before it are done, or it would not be begun.
+        if part is MOVES["arrive"] and (handoff is None or handoff.handoff is None):
+            return
+        if part is MOVES["go-on"] and (handoff is None or handoff.outcome != "gone"):
+            return
+        with suppress(SpvtpmError, NotCurrent, WentThrough):
+            part(work)
+
+    @rule(far=st.integers(0, 4))
+    def link(self, far: int) -> None:
+        """A link comes as far as this, then it ends."""
+        for here, there in (("h1", "h2"), ("h2", "h1")):
+            leaving, arriving = self._move(here), self._move(there)
+            if isinstance(leaving, Departure) and isinstance(arriving, Arrival):
+                break
+        else:
+            return
+        if leaving.handoff != arriving.handoff or leaving.outcome != "open" or arriving.has_come:
+            return
+        arriving.shown, leaving.receipt = shown(leaving.commit) + shown(leaving.abort), shown(arriving.receipt)
+        if far >= 1:
+            leaving.halt()
+        if far >= 2:
+            arriving.has_state = True
+        if far >= 3:
+            leaving.outcome = "gone"
+        else:
+            leaving.take_back("the link was lost")
+        arriving.is_whole = far >= 4
+
+    def _move(self, host: str) -> Departure | Arrival | None:
+        vm = self.doubles[host].vms.get(VM)
+        return None if vm is None else vm.move
+
+    @precondition(lambda self: self.works)
+    @rule(late=st.integers(0, 3))
+    def hear(self, late: int) -> None:
+        """A replica that carries asks the source."""
+        work = self.works[max(0, len(self.works) - 1 - late)]
+        with self.platform.engine.connect() as connection:
+            handoff = handoffs.find(connection, work.operation_id)
+        if handoff is not None:
+            work.settler.hear(handoff, self.doubles[handoff.source].report(VM))
+
+    @precondition(lambda self: self.works)
+    @rule(is_undone=st.booleans())
+    def end(self, is_undone: bool) -> None:
+        """The newest migration ends, failed: undone, or given up where it is."""
+        work = self.works[-1]
+        if is_undone:
+            self._do(work, undo_move)
+        with self.platform.engine.begin() as connection:
+            operations.end(connection, work.operation_id, problem_of(NotRunning("given up")))
+            handoffs.forget_told(connection, work.operation_id)
+
+    @rule()
+    def look(self) -> None:
+        """A replica settles what was left."""
+        with self.platform.engine.connect() as connection:
+            left = handoffs.left_behind(connection)
+        for handoff in left:
+            Settler(self.platform.engine, self.agents).settle_left_behind(handoff)
+
+    @rule(host=st.sampled_from(["h1", "h2"]), fault=st.sampled_from(["lost", "answer lost"]))
+    def fail(self, host: str, fault: Fault) -> None:
+        """The next order to a host is lost, or its answer."""
+        self.faults[host] = fault
+
+    # What has to hold
+
+    @invariant()
+    def never_two(self) -> None:
+        """Nor is it gone from both."""
+        running = [name for name, double in self.doubles.items() if double.runs(VM)]
+        assert len(running) <= 1
+        assert not any(double.violations for double in self.doubles.values())
+        if self.doubles["h1"].vms:
+            assert any(double.has(VM) for double in self.doubles.values())
+
+    def teardown(self) -> None:
+        """Faults stop; whoever looks tries again."""
+        try:
+            self.faults.clear()
+            if self.works:
+                self.end(is_undone=True)
+            for _ in range(2):
+                self.look()
+            with self.platform.engine.connect() as connection:
+                assert not connection.execute(select(tables.handoffs)).all()
+            vm = self.platform.vm(VM)
+            if vm is not None:  # else it was not even placed
+                assert vm.operation is None
+                assert [name for name, double in self.doubles.items() if double.runs(VM)] == [vm.host]
+                assert [name for name, double in self.doubles.items() if double.has(VM)] == [vm.host]
+        finally:
+            self.agents.close()
+            for double in self.doubles.values():
+                double.down()
+            self.platform.close()
+            self.directory.cleanup()
+
+
+TestMoves = pytest.mark.attack("A16")(pytest.mark.claim("C8")(Moves.TestCase))
+TestMoves.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
