@@ -153,8 +153,22 @@ class CloudUser:
 
     def attempt(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """A command of `spvtpm` with this keyring; whatever comes of it."""
-        environment = {**os.environ, "XDG_DATA_HOME": str(self.keyring.parent)}
-        return subprocess.run([*SPVTPM, *words], input=stdin, capture_output=True, timeout=_PATIENCE_S, env=environment)
+        return subprocess.run(
+            [*SPVTPM, *words], input=stdin, capture_output=True, timeout=_PATIENCE_S, env=self._environment()
+        )
+
+    def begin(self, *words: str) -> subprocess.Popen[bytes]:
+        """A command that goes on meanwhile; what it says comes out of one pipe."""
+        return subprocess.Popen(
+            [*SPVTPM, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self._environment(),
+        )
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "XDG_DATA_HOME": str(self.keyring.parent)}
 
     def run(self, *words: str, stdin: bytes = b"") -> bytes:
         """As `attempt`, for what must succeed; what it printed."""

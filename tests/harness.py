@@ -105,6 +105,10 @@ class RunningSp:
         """The VM's key, as the VM has it."""
         return self._keys.setdefault(vm_id, os.urandom(32))
 
+    def keep_key(self, vm_id: uuid.UUID, vm_key: bytes) -> None:
+        """The VM key, 32 bytes, of a VM that somebody else has provisioned."""
+        self._keys[vm_id] = vm_key
+
     def key_file(self, vm_id: uuid.UUID) -> Path:
         """The VM's key as a file of the VM, for the commands that run in it."""
         path = self.state.with_name(f"{vm_id}.key")

@@ -82,6 +82,7 @@ COMMANDS = [
         )
     ),
     *(("vendor", name) for name in ("init", "manufacture", "revoke", "refresh-list", "raise-generation")),
+    *(("host", name) for name in ("ls", "list", "drain", "undrain")),
     *((name,) for name in ("up", "login", "logout", "chips", "completion")),
     *(
         ("vm", name)
@@ -94,6 +95,7 @@ COMMANDS = [
             "shutdown",
             "hibernate",
             "resume",
+            "migrate",
             "recover",
             "export",
             "import",

@@ -33,13 +33,17 @@ from spvtpm.wire.introductions import Papers
 from spvtpm.wire.messages import VmInfo
 from spvtpm.wire.platform_api import (
     Chip,
+    Destination,
+    Drain,
     Event,
     EventPage,
+    Host,
     Me,
     NewVm,
     Operation,
     OperationKind,
     PublishedPcrs,
+    Remaining,
     Vm,
     VmPage,
     VmState,
@@ -49,6 +53,7 @@ from spvtpm.wire.platform_errors import NoHost, NoSuchToken
 from spvtpm.wire.problems import PROBLEM_TYPE, problem_of
 from tests.harness import RunningSp
 from tests.relay import Cut, Held, Hook, Side, honest
+from tests.terminal.moving import Moving
 
 TOKEN = "token-of-the-platform-double-0123456789"
 
@@ -75,6 +80,9 @@ class PlatformDouble:
         self.frames: list[tuple[Side, bytes]] = []
         self.consoles: dict[uuid.UUID, Callable[[WebSocket], object]] = {}
         self.keys: dict[str, uuid.UUID] = {}
+        self.destinations: dict[uuid.UUID, str | None] = {}
+        self.draining: set[str] = set()
+        self.moving = Moving()
         self._news = threading.Condition()
         self.answers_to_lose = 0
         self.tells_of_operations = True
@@ -157,12 +165,29 @@ class PlatformDouble:
         elif kind == "place":
             chip = self.pick(vm.wants)
             self.become(replace(vm, host=self._host(chip), chip_id=chip), "placed")
+        elif kind == "migrate":
+            assert sp is not None
+            self.move(vm, self.sps[self.destination(vm)])
         elif kind == "destroy":
             if sp is not None and self._info(sp, vm.vm_id) is not None:
                 raise WrongState("its owner has not destroyed it")
             del self.vms[vm.vm_id]
 
+    def destination(self, vm: Vm) -> str:
+        """The chip to which a VM is moved."""
+        wanted = self.destinations.get(vm.vm_id)
+        fitting = [chip for chip in self.sps if chip != vm.chip_id and wanted in (None, self._host(chip))]
+        if not fitting:
+            raise NoHost("no other host will do")
+        return fitting[0]
+
     # The rest is honest
+
+    def move(self, vm: Vm, destination: RunningSp) -> None:
+        """Moves a running VM's vTPM from chip to chip, as both agents and the platform do together."""
+        self.moving.move(self.sps[str(vm.chip_id)], destination, vm.vm_id, vm.operation)
+        chip = self._chip_id(destination)
+        self.become(replace(vm, host=self._host(chip), chip_id=chip), "running")
 
     def become(self, vm: Vm, state: VmState) -> None:
         """The VM is like that now."""
@@ -217,9 +242,14 @@ class PlatformDouble:
                 route("/v1/vms/{vm_id}/pcrs", self._publish, "PUT"),
                 WebSocketRoute("/v1/vms/{vm_id}/console", self._console),
                 route("/v1/vms/{vm_id}/place", self._place, "POST", 202),
+                route("/v1/vms/{vm_id}/migrate", self._migrate, "POST", 202),
                 route("/v1/vms/{vm_id}/{kind}", self._command, "POST", 202),
                 route("/v1/operations/{operation_id}", lambda request, _body: self._operation(request)),
                 route("/v1/operations/{operation_id}/events", self._follow),
+                route("/v1/operations/{operation_id}/cancel", self._cancel, "POST"),
+                route("/v1/hosts", lambda _request, _body: [self._told_host(self._host(chip)) for chip in self.sps]),
+                route("/v1/hosts/{name}/drain", self._drain, "POST"),
+                route("/v1/hosts/{name}/drain", self._undrain, "DELETE"),
             ]
         )
 
@@ -290,6 +320,47 @@ class PlatformDouble:
     def _command(self, request: Request, _body: bytes) -> Operation:
         return self._begin(request, msgspec.convert(request.path_params["kind"], OperationKind))
 
+    def _migrate(self, request: Request, body: bytes) -> Operation:
+        vm = self._vm(request)
+        if vm.state != "running":
+            raise WrongState("only one that runs can be moved")
+        self.destinations[vm.vm_id] = msgspec.json.decode(body, type=Destination).host
+        return self._begin(request, "migrate")
+
+    def _told_host(self, name: str) -> Host:
+        return Host(
+            name=name,
+            address="unix:/nowhere",
+            is_online=True,
+            seen_s=None,
+            chip_id=list(self.sps)[int(name.removeprefix("host-"))],
+            firmware=1,
+            software="0",
+            vms=sum(vm.host == name for vm in self.vms.values()),
+            max_vms=9,
+            missing_protection=[],
+            failure="",
+            is_draining=name in self.draining,
+        )
+
+    def _drain(self, request: Request, _body: bytes) -> Drain:
+        name = request.path_params["name"]
+        self.draining.add(name)
+        there = [vm for vm in self.vms.values() if vm.host == name]
+        moving = [self._submit("migrate", vm) for vm in there if vm.state == "running"]
+        stay = [vm for vm in there if vm.state != "running"]
+        remaining = [Remaining(vm_id=vm.vm_id, name=vm.name, user=vm.user, why=f"it is {vm.state}") for vm in stay]
+        return Drain(host=self._told_host(name), moving=moving, remaining=remaining)
+
+    def _undrain(self, request: Request, _body: bytes) -> Host:
+        self.draining.discard(request.path_params["name"])
+        return self._told_host(request.path_params["name"])
+
+    def _cancel(self, request: Request, _body: bytes) -> Operation:
+        operation = self._operation(request)
+        self.moving.cancel(operation.operation_id)
+        return operation
+
     def _begin(self, request: Request, kind: OperationKind) -> Operation:
         return self._run(request, kind, self._vm(request))
 
@@ -297,6 +368,11 @@ class PlatformDouble:
         key = request.headers["idempotency-key"]
         if key in self.keys:
             return self.operations[self.keys[key]]
+        operation = self._submit(kind, vm)
+        self.keys[key] = operation.operation_id
+        return operation
+
+    def _submit(self, kind: OperationKind, vm: Vm) -> Operation:
         operation = Operation(
             operation_id=uuid.uuid4(),
             kind=kind,
@@ -310,7 +386,6 @@ class PlatformDouble:
             created_s=time.time(),
             changed_s=time.time(),
         )
-        self.keys[key] = operation.operation_id
         self.operations[operation.operation_id] = operation
         self.vms[vm.vm_id] = replace(vm, operation=operation.operation_id)
         threading.Thread(target=self._finish, args=(operation,), daemon=True).start()

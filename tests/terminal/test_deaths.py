@@ -18,6 +18,7 @@ from spvtpm.terminal.creation import create
 from spvtpm.terminal.departure import end, recover
 from spvtpm.terminal.destruction import destroy
 from spvtpm.terminal.machines import Site, vtpm_of
+from spvtpm.terminal.migration import migrate
 from spvtpm.terminal.owned import Account, OwnedVm
 from spvtpm.terminal.platform import Platform
 from spvtpm.terminal.whereabouts import AtChip, InFile
@@ -170,6 +171,38 @@ def test_a_recovery(estate: Estate, cloud: PlatformDouble, monkeypatch: pytest.M
     for site, name in with_deaths(estate, cloud, monkeypatch, stopped, recover):
         assert not lives(cloud, site.keyring.owned(name).vm_id)
         assert begin(site, name, "start").state == "running"
+        clean(site, name)
+
+
+@pytest.mark.claim("C8")
+@pytest.mark.attack("A16")
+def test_a_migration(estate: Estate, cloud: PlatformDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    for site, name in with_deaths(estate, cloud, monkeypatch, running, migrate):
+        owned = site.keyring.owned(name)
+        moves = [one for one in cloud.operations.values() if (one.vm_id, one.kind) == (owned.vm_id, "migrate")]
+        assert [one.state for one in moves] == ["done"]  # what the dead one began, the other has seen to its end
+        assert lives(cloud, owned.vm_id) == ["running"]
+        known = vtpm_of(site.keyring, owned.vm_id)
+        assert known is not None and isinstance(known.place, AtChip)
+        assert known.place.chip_id.hex() == cloud.vms[owned.vm_id].chip_id
+        clean(site, name)
+
+
+@pytest.mark.claim("C8")
+@pytest.mark.attack("A16")
+def test_a_shutdown_of_a_vm_that_was_moved_unasked(
+    estate: Estate, cloud: PlatformDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def moved(site: Site) -> str:
+        name = running(site)
+        vm = cloud.vms[site.keyring.owned(name).vm_id]
+        cloud.move(vm, cloud.sps[cloud.destination(vm)])
+        return name
+
+    for site, name in with_deaths(estate, cloud, monkeypatch, moved, lambda site, name: end(site, name, "shutdown")):
+        owned = site.keyring.owned(name)
+        assert isinstance(getattr(vtpm_of(site.keyring, owned.vm_id), "place", None), InFile)
+        assert not lives(cloud, owned.vm_id)
         clean(site, name)
 
 

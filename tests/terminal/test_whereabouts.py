@@ -43,8 +43,8 @@ def known(place: Place, newest: int = 5) -> Known:
     return Known(VTPM, VM, "", newest, place)
 
 
-def fate(state: str, version: int = 0, sha256: bytes | None = None) -> Fate:
-    return Fate(vtpm_id=VTPM, state=state, version=version, sha256=sha256)  # type: ignore[arg-type]
+def fate(state: str, version: int = 0, sha256: bytes | None = None, chip: bytes | None = None) -> Fate:
+    return Fate(vtpm_id=VTPM, state=state, version=version, sha256=sha256, chip=chip)  # type: ignore[arg-type]
 
 
 def test_a_vtpm_that_nobody_knows_may_be_imported() -> None:
@@ -130,6 +130,23 @@ def test_an_import_that_was_made_is_at_its_chip() -> None:
     assert after_fate(importing, fate("here", 5), CHIPS[0]) == known(AtChip(CHIPS[0]))
 
 
+@pytest.mark.claim("C8")
+def test_a_vtpm_that_was_handed_on_is_at_the_chip_that_has_it() -> None:
+    told = fate("migrated", 5, chip=CHIPS[1])
+    for place in (AtChip(CHIPS[0]), Importing(CHIPS[0], 5, sha(5), None)):
+        assert after_fate(known(place), told, CHIPS[0]) == known(AtChip(CHIPS[1]))
+    left = after_fate(known(Exporting(CHIPS[0], 5, sha(5), "/f")), told, CHIPS[0])
+    assert left == known(Exporting(CHIPS[1], 5, sha(5), "/f"))  # void, and to be removed
+    assert after_fate(known(AtChip(CHIPS[0])), fate("migrated", 5), CHIPS[0]) == known(AtChip(CHIPS[0]))
+
+
+@pytest.mark.claim("C8")
+def test_a_move_from_before_an_import_is_not_taken_for_one_behind_it() -> None:
+    before = InFile(5, sha(5), "/f")
+    told = fate("migrated", 4, chip=CHIPS[1])
+    assert after_fate(known(Importing(CHIPS[0], 5, sha(5), before)), told, CHIPS[0]) == known(before)
+
+
 @given(
     place=st.sampled_from(
         [
@@ -140,11 +157,11 @@ def test_an_import_that_was_made_is_at_its_chip() -> None:
             Destroyed(),
         ]
     ),
-    state=st.sampled_from(["exported", "destroyed", "unknown"]),
+    state=st.sampled_from(["exported", "destroyed", "unknown", "migrated"]),
     version=st.integers(0, 9),
 )
 def test_what_another_chip_tells_of_the_past_changes_no_place(place: Place, state: str, version: int) -> None:
-    after = after_fate(known(place), fate(state, version, sha(version)), CHIPS[1])
+    after = after_fate(known(place), fate(state, version, sha(version), CHIPS[1]), CHIPS[1])
     assert after == known(place, newest=max(5, version))
 
 
@@ -206,6 +223,14 @@ class Lives(RuleBasedStateMachine):
         if dies == "never":
             self.known = replace(self.known, place=AtChip(chip))
 
+    @precondition(lambda self: self.at is not None)
+    @rule(chip=st.sampled_from(CHIPS))
+    def migrate(self, chip: bytes) -> None:
+        """Whoever does it, its owner is not asked."""
+        if self.at is not None and chip != self.at:
+            self.ledgers[self.at] = fate("migrated", self.version, chip=chip)
+            self.at = chip
+
     @invariant()
     def it_is_never_believed_to_be_in_a_file_while_it_lives(self) -> None:
         assert self.known is not None
@@ -214,13 +239,17 @@ class Lives(RuleBasedStateMachine):
             assert self.known.place.version == self.file
 
     @invariant()
-    def one_question_to_the_right_chip_is_enough(self) -> None:
-        assert self.known is not None
-        place = self.known.place
-        if isinstance(place, (Exporting, Importing, AtChip)):
-            settled = after_fate(self.known, self.told(place.chip_id), place.chip_id)
+    def questions_to_the_chips_that_are_named_are_enough(self) -> None:
+        settled = self.known
+        assert settled is not None
+        while isinstance(settled.place, (Exporting, Importing, AtChip)):
+            before = settled.place
+            settled = after_fate(settled, self.told(before.chip_id), before.chip_id)
             assert settled is not None
-            assert isinstance(settled.place, InFile) == (self.at is None)
+            if settled.place == before:
+                break
+        assert isinstance(settled.place, InFile) == (self.at is None)
+        assert self.at in (None, getattr(settled.place, "chip_id", None))
 
 
 TestLives = Lives.TestCase

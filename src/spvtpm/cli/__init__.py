@@ -15,8 +15,10 @@ from cyclopts import App
 from spvtpm.cli.agent import agent_app
 from spvtpm.cli.cloud import cloud_app
 from spvtpm.cli.guest import guest_app
+from spvtpm.cli.host import host_app
 from spvtpm.cli.hypervisor import hypervisor_app
 from spvtpm.cli.login import chips, completion, login, logout
+from spvtpm.cli.parts import INTERRUPTED
 from spvtpm.cli.secure_processor import sp_app
 from spvtpm.cli.terminal import terminal_app
 from spvtpm.cli.up import up
@@ -24,7 +26,7 @@ from spvtpm.cli.vendor import vendor_app
 from spvtpm.cli.vm import vm_app
 from spvtpm.wire.errors import PeerError, PolicyError, ResourceError, SpvtpmError, UsageError
 
-GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app, agent_app, cloud_app, vm_app)
+GROUPS = (sp_app, hypervisor_app, guest_app, terminal_app, vendor_app, agent_app, cloud_app, host_app, vm_app)
 COMMANDS = (up, login, logout, chips, completion)
 
 app = App(
@@ -59,4 +61,4 @@ def main() -> None:
             print(f"spvtpm: cannot write the output: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from cyclopts import Parameter
 
 from spvtpm.wire import messages
+
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C. Source: POSIX.1-2008, Shell Command Language, section 2.8.2: 128 and more, for a signal."""
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for scripts.")]
 Sp = Annotated[

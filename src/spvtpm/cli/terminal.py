@@ -284,10 +284,12 @@ def fate(vtpm: Vtpm, /, *, towards: Towards, own: Own = _NO_KEYRING, json: Json 
                 "state": told.state,
                 "version": told.version,
                 "sha256": None if told.sha256 is None else told.sha256.hex(),
+                "chip_id": None if told.chip is None else told.chip.hex(),
             }
         )
     else:
-        print(f"vTPM {vtpm}: {told.state}" + (f", version {told.version}" if told.version else ""))
+        to = f" to the chip {told.chip.hex()}" if told.chip is not None else ""
+        print(f"vTPM {vtpm}: {told.state}{to}" + (f", version {told.version}" if told.version else ""))
 
 
 @terminal_app.command

@@ -169,7 +169,7 @@ def progress_bar(words: str) -> Iterator[Progress]:
 
 def print_vms(vms: list[MyVm], json: bool) -> None:
     if json:
-        print_json([_vm_as_dict(vm) for vm in vms])
+        print_json([vm_as_dict(vm) for vm in vms])
         return
     for vm in vms:
         print(f"{vm.vm_id}  {describe_vm(vm)}")
@@ -181,7 +181,8 @@ def describe_vm(vm: MyVm) -> str:
     return f"{vm.state}, boot {vm.boots}, {vtpm}{f'  {vm.label}' if vm.label else ''}"
 
 
-def _vm_as_dict(vm: MyVm) -> dict[str, object]:
+def vm_as_dict(vm: MyVm) -> dict[str, object]:
+    """What a secure processor says of a VM, as JSON has it."""
     found = msgspec.to_builtins(vm)
     assert isinstance(found, dict)  # noqa: S101  # a struct
     chips = vm.policy.chips

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from spvtpm.cli.parts import Json, print_json
+from spvtpm.cli.parts import INTERRUPTED, Json, print_json
 from spvtpm.cli.platform_parts import at_platform
 from spvtpm.cli.terminal_parts import Own, print_vms
 from spvtpm.cli.vm_parts import (
@@ -18,6 +18,7 @@ from spvtpm.cli.vm_parts import (
     print_events,
     print_exported,
     print_lines,
+    print_moved,
 )
 from spvtpm.wire.errors import UsageError
 
@@ -110,6 +111,34 @@ def hibernate(name: Name, /, *, stay: Stay = False, own: Own = _NO_KEYRING, json
     Example: spvtpm vm hibernate web
     """
     _end(name, "hibernate", stay, own, json)
+
+
+@vm_app.command
+def migrate(
+    name: Name,
+    /,
+    *,
+    to: Annotated[str | None, Parameter(help="The platform's host where it shall be.")] = None,
+    auto: Annotated[bool, Parameter(negative="", help="Any host that will do; the platform chooses.")] = False,
+    own: Own = _NO_KEYRING,
+    json: Json = False,
+) -> None:
+    """Move a VM to another host while it runs; its vTPM goes from chip to chip, its memory along with it, and nobody reads them.
+
+    Example: spvtpm vm migrate web --auto
+
+    Ctrl-C cancels it, if it is not too late, and tells which it was. Afterwards the chip where the VM runs has confirmed it, and
+    the one where it was, if it answers, that it has given the vTPM away.
+    """
+    if (to is None) != auto:
+        raise UsageError("say where: --to HOST, or --auto")
+    with at_platform(own, json) as site:
+        from spvtpm.terminal.migration import migrate
+
+        moved = migrate(site, name, to)
+    print_moved(name, moved, json)
+    if moved.was_cancelled:
+        sys.exit(INTERRUPTED)
 
 
 @vm_app.command

@@ -14,15 +14,17 @@ import msgspec
 from cyclopts import Parameter
 
 from spvtpm.cli.parts import print_json
-from spvtpm.cli.terminal_parts import as_dict, describe_vm, identity
+from spvtpm.cli.terminal_parts import as_dict, describe_vm, identity, vm_as_dict
 from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import MessageError, UsageError
 
 if TYPE_CHECKING:
     from spvtpm.terminal.exports import Exported
     from spvtpm.terminal.machines import Site
+    from spvtpm.terminal.migration import Moved
     from spvtpm.terminal.overview import Comparison, Line
     from spvtpm.terminal.owned import OwnedVm
+    from spvtpm.wire.instance_content import Policy
     from spvtpm.wire.platform_api import Vm
 
 _MAX_QUIET_BYTES = 1 << 24
@@ -104,6 +106,23 @@ class Wishes:
             raise UsageError(f"no such VM: {error}") from None
 
 
+def print_moved(name: str, moved: Moved, json: bool) -> None:
+    if json:
+        told = {"name": name, "has_moved": moved.has_moved, "was_cancelled": moved.was_cancelled, "host": moved.host}
+        told |= {"chip_id": moved.chip_id.hex(), "source_chip_id": moved.source.hex(), "source_says": moved.source_says}
+        print_json({**told, "vm": vm_as_dict(moved.here)})
+        return
+    where = f"{name} runs at the chip {moved.chip_id.hex()}"
+    host = f" ({moved.host}, as the platform says)" if moved.host is not None else ""
+    if not moved.has_moved:
+        print(f"{'cancelled: ' if moved.was_cancelled else ''}{where}{host}, where it was")
+        return
+    answers = {"migrated": "confirms that it has given its vTPM away", "nothing": "does not answer"}
+    source = answers.get(moved.source_says, f"says of its vTPM: {moved.source_says}")
+    print(f"{'too late to cancel it: ' if moved.was_cancelled else ''}{where}{host} now")
+    print(f"the chip {moved.source.hex()}, where it was, {source}")
+
+
 def print_exported(name: str, exported: Exported, json: bool) -> None:
     if json:
         told = {"name": name, "vtpm_id": str(exported.known.vtpm_id), "version": exported.file.version}
@@ -129,7 +148,7 @@ def print_comparison(found: Comparison, json: bool) -> None:
     line = found.line
     if json:
         told = _line_as_dict(line)
-        told["secure_processor_says"] = None if found.here is None else msgspec.to_builtins(_without_policy(found))
+        told["secure_processor_says"] = None if found.here is None else vm_as_dict(found.here)
         told["chip"] = None if found.chip is None else as_dict(found.chip)
         silence = found.silence
         told["silence"] = None if silence is None else {"error": silence.code, "message": str(silence)}
@@ -141,6 +160,7 @@ def print_comparison(found: Comparison, json: bool) -> None:
     print(f"  your keyring knows: {place}")
     if found.here is not None:
         print(f"  its secure processor says: {describe_vm(found.here)}")
+        print(f"  its policy: {_policy(found.here.policy)}")
     if found.silence is not None:
         print(f"  its secure processor could not be asked: {found.silence}")
     if line.says is not None and line.says.pcrs is not None:
@@ -150,11 +170,11 @@ def print_comparison(found: Comparison, json: bool) -> None:
 
 
 def print_events(site: Site, name: str, json: bool) -> None:
-    from spvtpm.terminal.machines import chip_where_it_lives, vtpm_of
+    from spvtpm.terminal.following import locate, said_chip
 
     owned = site.keyring.owned(name)
     found = [("platform", event.time_s, event.what, event.detail) for event in site.platform.events(owned.vm_id)]
-    chip_id = chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
+    chip_id = locate(site, owned, said_chip(site, owned))
     if chip_id is not None:
         seen = site.desk(chip_id).events(owned.vm_id)
         found += [("secure processor", float(event.time_s), event.what, event.detail) for event in seen]
@@ -170,8 +190,7 @@ def print_events(site: Site, name: str, json: bool) -> None:
 
 def run_here(site: Site, name: str, command: Sequence[str]) -> int:
     """Runs a command in a VM, with the streams of this process."""
-    from spvtpm.terminal.console import run_command
-    from spvtpm.terminal.platform_relay import to_console
+    from spvtpm.terminal.remote_command import run_in_vm
 
     streams = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
 
@@ -180,14 +199,12 @@ def run_here(site: Site, name: str, command: Sequence[str]) -> int:
         streams[stream].flush()
 
     owned = site.keyring.owned(name)
-    way = to_console(site.platform, owned.vm_id)
-    return run_command(way, owned.vm_key, owned.vm_id, command, write, sys.stdin.fileno(), site.timeout_s)
+    return run_in_vm(site, owned, command, write, sys.stdin.fileno(), tell_waiting=lambda: _tell_waiting(name))
 
 
 def run_quietly(site: Site, name: str, command: Sequence[str]) -> tuple[int, bytes, bytes]:
     """Runs a command in a VM, without input: its exit code, and what it wrote to stdout and stderr."""
-    from spvtpm.terminal.console import run_command
-    from spvtpm.terminal.platform_relay import to_console
+    from spvtpm.terminal.remote_command import run_in_vm
 
     written = {"stdout": bytearray(), "stderr": bytearray()}
 
@@ -196,10 +213,14 @@ def run_quietly(site: Site, name: str, command: Sequence[str]) -> tuple[int, byt
         if len(written[stream]) > _MAX_QUIET_BYTES:
             raise MessageError(f"the command has written more than {_MAX_QUIET_BYTES} bytes")
 
-    owned = site.keyring.owned(name)
-    way = to_console(site.platform, owned.vm_id)
-    code = run_command(way, owned.vm_key, owned.vm_id, command, write, timeout_s=site.timeout_s)
+    code = run_in_vm(site, site.keyring.owned(name), command, write, tell_waiting=lambda: _tell_waiting(name))
     return code, bytes(written["stdout"]), bytes(written["stderr"])
+
+
+def _tell_waiting(name: str) -> None:
+    """To a person alone: what a script reads of stderr is the command's."""
+    if sys.stderr.isatty():
+        print(f"{name} is moving to another host; waiting for it", file=sys.stderr)
 
 
 def _said(vm: Vm | None) -> str:
@@ -233,14 +254,15 @@ def _line_as_dict(line: Line) -> dict[str, object]:
     }
 
 
-def _without_policy(found: Comparison) -> dict[str, object]:
-    here = found.here
-    assert here is not None  # noqa: S101  # as its caller has checked
-    return {
-        "state": here.state,
-        "boots": here.boots,
-        "label": here.label,
-        "vtpm_id": here.vtpm_id,
-        "residency": here.residency,
-        "version": here.version,
-    }
+def _policy(policy: Policy) -> str:
+    """What the owner allows, in words."""
+    words = ["it may move while it runs" if policy.migration_allowed else "it may not move while it runs"]
+    if policy.chips is not None:
+        words.append(f"chips {', '.join(sorted(chip.hex() for chip in policy.chips))} alone")
+    if policy.minimum_firmware:
+        words.append(f"firmware {policy.minimum_firmware} or newer")
+    if policy.direct_path_only:
+        words.append("direct path alone")
+    if policy.pcr_banks:
+        words.append(f"PCR banks {', '.join(sorted(policy.pcr_banks))}")
+    return "; ".join(words)

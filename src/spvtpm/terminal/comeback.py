@@ -19,8 +19,9 @@ from msgspec.structs import replace
 
 from spvtpm.files import read_file
 from spvtpm.terminal.departure import release
+from spvtpm.terminal.following import find, said_chip
 from spvtpm.terminal.imports import import_vtpm
-from spvtpm.terminal.machines import Site, chip_of, chip_where_it_lives, vtpm_of
+from spvtpm.terminal.machines import Site, chip_of, vtpm_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import AtChip, Destroyed, Exporting, Importing, InFile, Known
 from spvtpm.wire.errors import CertificateRefused, NotFound, SpvtpmError, StaleInstance, WrongState
@@ -49,12 +50,8 @@ def begin(site: Site, name: str, how: Beginning) -> MyVm:
     if isinstance(known.place, InFile):
         path = _path(known.place)
         _check_file(name, path, how)
-        chip_id = _bring(site, owned, path)
-    else:
-        chip_id = _where(site, owned, known)
-    here = site.desk(chip_id, owned).look(owned.vm_id)
-    if here is None:
-        raise NotFound(f"{name} is not at the chip {chip_id.hex()}, where it was")
+        _bring(site, owned, path)
+    chip_id, here = _look(site, owned)
     if here.state != "running":
         _check_state(name, here, how)
     if here.state != "running" or site.hear(owned).state != "running":
@@ -83,10 +80,9 @@ def bring(site: Site, wanted: OwnedVm, path: Path) -> MyVm:
         raise StaleInstance(f"{owned.name} has the vTPM {bound.vtpm_id}; the file is one of {header.vtpm_id}")
     bound = None if bound is None else _asked(site, bound)
     is_there = bound is not None and isinstance(bound.place, AtChip)
-    chip_id = _where(site, owned, bound) if bound is not None and is_there else _bring(site, owned, path)
-    made = site.desk(chip_id, owned).look(owned.vm_id)
-    if made is None:
-        raise NotFound(f"{owned.name} is not at the chip {chip_id.hex()}, where it was")
+    if not is_there:
+        _bring(site, owned, path)
+    chip_id, made = _look(site, owned)
     site.keyring.keep_vm(replace(owned, policy=made.policy, label=made.label, chip_id=chip_id, is_made=True))
     return made
 
@@ -115,9 +111,10 @@ def _asked(site: Site, known: Known) -> Known | None:
     return site.keyring.known(known.vtpm_id)
 
 
-def _where(site: Site, owned: OwnedVm, known: Known) -> bytes:
-    """The chip where its vTPM lives, which the platform has to name as well."""
-    chip_id, vm = chip_where_it_lives(known, owned), site.hear(owned)
+def _look(site: Site, owned: OwnedVm) -> tuple[bytes, MyVm]:
+    """The chip where its vTPM lives, which the platform has to name as well, and the VM there."""
+    vm = site.hear(owned)
+    chip_id, here = find(site, owned, said_chip(site, owned), owned)
     if chip_id is None:
         raise NotFound(f"the vTPM of {owned.name} is at no chip")
     if vm.chip_id != chip_id.hex():
@@ -125,11 +122,13 @@ def _where(site: Site, owned: OwnedVm, known: Known) -> bytes:
         raise PlatformContradicts(
             f"the platform says that {owned.name} is {says}; its vTPM lives at the chip {chip_id.hex()}"
         )
-    return chip_id
+    if here is None:
+        raise NotFound(f"{owned.name} is not at the chip {chip_id.hex()}, where it was")
+    return chip_id, here
 
 
-def _bring(site: Site, owned: OwnedVm, path: Path) -> bytes:
-    """Has the VM placed, and imports its vTPM there; the chip."""
+def _bring(site: Site, owned: OwnedVm, path: Path) -> None:
+    """Has the VM placed, and imports its vTPM there."""
     vm = _placed(site, owned)
     try:
         chip_id = chip_of(vm, owned)
@@ -142,7 +141,6 @@ def _bring(site: Site, owned: OwnedVm, path: Path) -> bytes:
                 release(site, owned)
         raise
     site.keyring.drop_instance(path)  # it would be refused from now on
-    return chip_id
 
 
 def _placed(site: Site, owned: OwnedVm) -> Vm:

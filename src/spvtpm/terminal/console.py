@@ -6,8 +6,10 @@ has not.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
+import select
 import threading
 import time
 import uuid
@@ -55,6 +57,65 @@ Write = Callable[[Literal["stdout", "stderr"], bytes], None]
 """Takes what the command writes."""
 
 
+class Reading:
+    """What a command reads. As long as nobody knows that the command has begun, it is kept for the next attempt. Thread-safe.
+
+    Args:
+        read_from: a descriptor; None: there is nothing to read.
+    """
+
+    def __init__(self, read_from: int | None) -> None:
+        self._read_from = read_from
+        self._kept: list[bytes] = []  # a window at most, and the end of input
+        self._keeps = True
+        self._turn = threading.Lock()
+
+    def piece(self, index: int, is_wanted: Callable[[], bool]) -> bytes | None:
+        """The piece of this number, from 0; empty: the end of input; None: it is not wanted any more.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with self._turn:
+            if index < len(self._kept):
+                return self._kept[index]
+            if self._read_from is None:
+                return b""
+            if not self._await_input(self._read_from, is_wanted):
+                return None
+            data = os.read(self._read_from, PIECE_BYTES)
+            if self._keeps:
+                self._kept.append(data)
+            else:
+                self._kept.clear()
+            return data
+
+    def has_begun(self) -> None:
+        """The command that reads it has begun: there will be no other attempt."""
+        self._keeps = False
+
+    @staticmethod
+    def _await_input(descriptor: int, is_wanted: Callable[[], bool]) -> bool:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while is_wanted():
+            if poll.poll(_LOOK_S * 1000) and is_wanted():
+                return True
+        return False
+
+
+def parse_words(arguments: Sequence[str]) -> Run:
+    """A command, from the program and what it is told.
+
+    Raises:
+        UsageError: the words are none that a command can be told.
+    """
+    try:
+        return msgspec.convert({"type": "Run", "arguments": arguments}, Run)
+    except msgspec.ValidationError:
+        raise UsageError("a command has 1 to 256 words of at most 4,096 characters") from None
+
+
 def run_command(
     way: OpenRelay,
     vm_key: bytes,
@@ -80,19 +141,31 @@ def run_command(
         UntrustedIssuer: who answers does not have the VM's key.
         SpvtpmError: the VM's refusal; or the channel broke: nobody knows what became of the command then.
     """
+    command = parse_words(arguments)
+    return carry_out(open_console(way(timeout_s), vm_key, vm_id), command, write, Reading(read_from))
+
+
+def carry_out(conversation: Conversation, command: Run, write: Write, reading: Reading) -> int:
+    """Runs a command over an open console, which ends with this; the rest as `run_command`.
+
+    Raises:
+        CommandNotBegun: the VM itself says so; what was read for it is kept in `reading`.
+        SpvtpmError: as of `run_command`.
+    """
+    under_way = _UnderWay(conversation, reading)
     try:
-        command = msgspec.convert({"type": "Run", "arguments": arguments}, Run)
-    except msgspec.ValidationError:
-        raise UsageError("a command has 1 to 256 words of at most 4,096 characters") from None
-    under_way = _UnderWay(_open(way(timeout_s), vm_key, vm_id))
-    try:
-        under_way.begin(command, read_from)
+        under_way.begin(command)
         return under_way.watch(write)
     finally:
         under_way.close()
 
 
-def _open(relay: Relay, vm_key: bytes, vm_id: uuid.UUID) -> Conversation:
+def open_console(relay: Relay, vm_key: bytes, vm_id: uuid.UUID) -> Conversation:
+    """Opens a VM's console. Nothing has begun then.
+
+    Raises:
+        As `run_command`.
+    """
     try:
         key = console_key(vm_key, vm_id, "owner")
         certificate = build_owner_certificate(key)
@@ -123,10 +196,13 @@ class _UnderWay:
 
     Args:
         conversation: open; ends with this.
+        reading: what the command reads.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, reading: Reading) -> None:
         self._conversation = conversation
+        self._reading = reading
+        self._is_over = False
         self._room = Room()
         self._intake = Intake()
         self._heard: queue.SimpleQueue[Output | Ended | ErrorReply | Exception] = (
@@ -134,13 +210,10 @@ class _UnderWay:
         )  # a window at most
         self._listener = threading.Thread(target=self._listen, name="console-output", daemon=True)
 
-    def begin(self, command: Run, read_from: int | None) -> None:
+    def begin(self, command: Run) -> None:
         self._listener.start()
         self._say(command)
-        if read_from is None:
-            self._say(EndOfInput())
-        else:
-            threading.Thread(target=self._feed, args=(read_from,), name="console-input", daemon=True).start()
+        threading.Thread(target=self._feed, name="console-input", daemon=True).start()
 
     def watch(self, write: Write) -> int:
         while True:
@@ -159,6 +232,7 @@ class _UnderWay:
                 self._say(Taken(pieces=told))
 
     def close(self) -> None:
+        self._is_over = True
         self._room.close()
         self._conversation.close()
         self._listener.join()
@@ -167,6 +241,8 @@ class _UnderWay:
         try:
             while True:
                 reply = parse_console_reply(self._conversation.receive(time.monotonic() + _FOREVER_S))
+                if not isinstance(reply, ErrorReply):
+                    self._reading.has_begun()
                 if isinstance(reply, Taken):
                     self._room.give_back(reply.pieces)
                     continue
@@ -180,14 +256,18 @@ class _UnderWay:
         finally:
             self._room.close()
 
-    def _feed(self, read_from: int) -> None:
+    def _feed(self) -> None:
         """Sends what there is to read; ends with the input, the command, or the process."""
         with suppress(OSError):
-            while data := os.read(read_from, PIECE_BYTES):
+            for index in itertools.count():
+                data = self._reading.piece(index, lambda: not self._is_over)
+                if not data:
+                    break
                 if not self._room.await_piece():
                     return
                 self._say(Input(data=data))
-            self._say(EndOfInput())
+            if data is not None:
+                self._say(EndOfInput())
 
     def _say(self, request: ConsoleRequest) -> None:
         try:

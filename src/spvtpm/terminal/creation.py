@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
+from spvtpm.terminal.following import locate
 from spvtpm.terminal.machines import Site, chip_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.wire.errors import AlreadyExists, CertificateRefused, PcrBankUnknown, SpvtpmError
@@ -82,9 +83,10 @@ def _chip(site: Site, owned: OwnedVm, vm: Vm) -> bytes:
     """The chip where it shall be made, or was about to be; verified. If none was, and that one will not do, all is undone."""
     try:
         chip_id = chip_of(vm, owned)
-        if owned.chip_id is not None and chip_id != owned.chip_id:
+        begun = locate(site, owned, chip_id)
+        if begun is not None and begun != chip_id:
             raise PlatformContradicts(
-                f"{owned.name} was begun at the chip {owned.chip_id.hex()}; the platform says that it is at {vm.chip_id}"
+                f"{owned.name} was begun at the chip {begun.hex()}; the platform says that it is at {vm.chip_id}"
             )
         site.desk(chip_id, owned).connect().close()
     except CertificateRefused:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from spvtpm.files import create_file, read_file
 from spvtpm.terminal.exports import Exported, Output, export_vtpm
+from spvtpm.terminal.following import find, said_chip
 from spvtpm.terminal.machines import Site, chip_where_it_lives, vtpm_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import Destroyed, Exporting, InFile, Known
@@ -61,7 +62,7 @@ def recover(site: Site, name: str, output: Path | None = None) -> Exported:
     """
     owned = site.keyring.owned(name)
     if not _has_left(site, owned):
-        _chip_id, here = _look(site, owned)
+        here = _look(site, owned)
         if here is not None and here.state in ("running", "failed"):
             raise WrongState(f"{name} is {here.state}: shut it down, or hibernate it")
     return leave(site, owned, output)
@@ -99,7 +100,7 @@ def release(site: Site, owned: OwnedVm) -> None:
 
 def _end_at_chip(site: Site, owned: OwnedVm, how: Ending) -> MyVm | None:
     """Has the run ended; the VM as its chip has it then, or None: it has left it already."""
-    chip_id, here = _look(site, owned)
+    here = _look(site, owned)
     if here is None:
         return None
     wanted, vm = _STATE[how], site.hear(owned)
@@ -107,17 +108,18 @@ def _end_at_chip(site: Site, owned: OwnedVm, how: Ending) -> MyVm | None:
         raise WrongState(f"{owned.name} is {here.state}: resume or start it first, or bring it home with recover")
     if here.state != wanted or vm.state == "running":
         site.run(site.platform.command(owned.vm_id, how))
-    return site.confirm(owned, chip_id, wanted)
+    return site.confirm(owned, _chip_id(site, owned), wanted)
 
 
-def _look(site: Site, owned: OwnedVm) -> tuple[bytes, MyVm | None]:
-    """The chip, and the VM there; None: its export has ended already, only the keyring does not know."""
-    chip_id = _chip_id(site, owned)
-    here = site.desk(chip_id).look(owned.vm_id)
+def _look(site: Site, owned: OwnedVm) -> MyVm | None:
+    """The VM at its chip; None: its export has ended already, only the keyring did not know."""
+    _chip_id(site, owned)
+    chip_id, here = find(site, owned, said_chip(site, owned))
     known = vtpm_of(site.keyring, owned.vm_id)
-    if here is None and not (known is not None and isinstance(known.place, Exporting)):
-        raise NotFound(f"{owned.name} is not at the chip {chip_id.hex()}, where it was")
-    return chip_id, here
+    if here is None and not (known is not None and isinstance(known.place, (Exporting, InFile))):
+        where = "any chip" if chip_id is None else f"the chip {chip_id.hex()}, where it was"
+        raise NotFound(f"{owned.name} is not at {where}")
+    return here
 
 
 def _chip_id(site: Site, owned: OwnedVm) -> bytes:

@@ -157,8 +157,11 @@ class Desk:
         return vm
 
     def remember(self, session: OwnerSession, *vms: MyVm | None) -> None:
-        """Remembers where the vTPMs of these VMs live, which were found in a session just now; in `keyring.moving()`."""
-        found = [vm for vm in vms if vm is not None]
+        """Remembers where the vTPMs of these VMs live, which were found in a session just now; in `keyring.moving()`.
+
+        One that arrives from another chip does not live yet: that one may keep it.
+        """
+        found = [vm for vm in vms if vm is not None and vm.state != "arriving"]
         self.keyring.remember(*self._seen(found, session.verified.chip_id))
 
     def fate(self, vtpm_id: uuid.UUID) -> Fate:
@@ -169,6 +172,15 @@ class Desk:
         """
         with self.keyring.moving(), self.connect() as session:
             return self.settle(session, vtpm_id)[0]
+
+    def ask(self, vtpm_id: uuid.UUID) -> Fate:
+        """The same; nothing is remembered.
+
+        Raises:
+            SpvtpmError: the SP's refusal, or the channel broke.
+        """
+        with self.connect() as session:
+            return session.ask_fate(vtpm_id)
 
     def events(self, vm_id: uuid.UUID) -> list[Event]:
         """The newest events of a VM.

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from spvtpm.terminal.machines import Site, chip_where_it_lives, vtpm_of
+from spvtpm.terminal.following import find, said_chip
+from spvtpm.terminal.machines import Site, vtpm_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import Destroyed, InFile
+from spvtpm.wire.errors import WrongState
 
 
 def destroy(site: Site, name: str, *, chip_lost: bool = False) -> None:
@@ -36,13 +38,14 @@ def destroy(site: Site, name: str, *, chip_lost: bool = False) -> None:
 
 
 def _destroy_at_chip(site: Site, owned: OwnedVm) -> None:
-    """At the chip that the keyring knows. What is gone there already is asked after: perhaps it is in a file."""
-    known = vtpm_of(site.keyring, owned.vm_id)
-    chip_id = chip_where_it_lives(known, owned)
+    """At the chip where it lives. What is gone there already is asked after: perhaps it is in a file."""
+    chip_id, here = find(site, owned, said_chip(site, owned))
     if chip_id is None:
         return
-    desk = site.desk(chip_id)
-    if desk.look(owned.vm_id) is not None:
-        desk.destroy(owned.vm_id)
+    known = vtpm_of(site.keyring, owned.vm_id)
+    if here is not None:
+        site.desk(chip_id).destroy(owned.vm_id)
     elif known is not None:
-        desk.fate(known.vtpm_id)
+        fate = site.desk(chip_id).fate(known.vtpm_id)
+        if fate.state in ("here", "migrated"):
+            raise WrongState(f"{owned.name} was moved meanwhile, and lives: say it again")

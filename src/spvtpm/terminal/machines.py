@@ -100,13 +100,21 @@ class Site:
             PlatformContradicts: it is otherwise.
             SpvtpmError: the chip cannot be asked, or is none.
         """
-        vm = self.desk(chip_id).look(owned.vm_id)
-        if vm is None or vm.state != state:
-            found = "is not there" if vm is None else f"is {vm.state}"
-            raise PlatformContradicts(
-                f"the platform says that {owned.name} is {state}; its secure processor says that it {found}"
-            )
-        return vm
+        return verify_state(owned, self.desk(chip_id).look(owned.vm_id), state)
+
+
+def verify_state(owned: OwnedVm, here: MyVm | None, state: str) -> MyVm:
+    """Whether a VM, as its chip has it, is as the platform says.
+
+    Raises:
+        PlatformContradicts: it is otherwise.
+    """
+    if here is None or here.state != state:
+        found = "is not there" if here is None else f"is {here.state}"
+        raise PlatformContradicts(
+            f"the platform says that {owned.name} is {state}; its secure processor says that it {found}"
+        )
+    return here
 
 
 def vtpm_of(keyring: Keyring, vm_id: uuid.UUID) -> Known | None:
@@ -125,11 +133,20 @@ def chip_of(vm: Vm, owned: OwnedVm) -> bytes:
     if vm.chip_id is None:
         raise PlatformContradicts(f"the platform says that {vm.name} is {vm.state}, and not at which chip")
     chip_id = bytes.fromhex(vm.chip_id)
+    verify_allowed(owned, chip_id)
+    return chip_id
+
+
+def verify_allowed(owned: OwnedVm, chip_id: bytes) -> None:
+    """Whether a VM's owner wants it at a chip where the platform has it.
+
+    Raises:
+        ChipNotAllowed: he does not.
+    """
     if owned.policy.chips is not None and chip_id not in owned.policy.chips:
         raise ChipNotAllowed(
-            f"the platform has placed {vm.name} at the chip {vm.chip_id}, which its policy does not allow"
+            f"the platform has placed {owned.name} at the chip {chip_id.hex()}, which its policy does not allow"
         )
-    return chip_id
 
 
 def chip_where_it_lives(known: Known | None, owned: OwnedVm) -> bytes | None:

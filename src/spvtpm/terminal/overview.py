@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from spvtpm.terminal.attestation import Verified
+from spvtpm.terminal.following import find
 from spvtpm.terminal.machines import Site, chip_where_it_lives, vtpm_of
 from spvtpm.terminal.owned import OwnedVm
 from spvtpm.terminal.whereabouts import Destroyed, InFile, Known
@@ -93,21 +95,23 @@ def compare(site: Site, name: str) -> Comparison:
         says: Vm | None = site.platform.vm(owned.vm_id)
     except NotFound:
         says = None
-    chip_id = chip_where_it_lives(vtpm_of(site.keyring, owned.vm_id), owned)
-    here, chip, silence = None, [], None
-    if chip_id is not None:
-        desk = site.desk(chip_id)
-        try:
-            with site.keyring.moving(), desk.connect() as session:
-                chip.append(session.verified)
-                here = session.find(owned.vm_id)
-                desk.remember(session, here)
-        except SpvtpmError as error:
-            silence = error
+    is_settled = says is not None and says.name == name and says.operation is None
+    said = bytes.fromhex(says.chip_id) if says is not None and says.chip_id is not None and is_settled else None
+    seen: list[Verified] = []
+
+    def tell(verified: Verified) -> None:
+        seen.append(verified)
+        site.tell_verified(verified)
+
+    chip_id, here, silence = None, None, None
+    try:
+        chip_id, here = find(dataclasses.replace(site, tell_verified=tell), owned, said)
+    except SpvtpmError as error:
+        silence = error
     line = _line(site, owned, says)
     if silence is None and chip_id is not None:
         line.differences.extend(_against_chip(name, says, here))
-    return Comparison(line, here, chip[0] if chip else None, silence)
+    return Comparison(line, here, seen[-1] if seen and silence is None else None, silence)
 
 
 def survey(site: Site) -> list[SeenChip]:

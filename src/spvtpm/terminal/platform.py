@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import TracebackType
 from typing import Final, Self, TypeVar
+from urllib.parse import urlencode
 
 import httpx
 import msgspec
@@ -23,8 +24,11 @@ from spvtpm.wire.decoding import UNDECODABLE, printable
 from spvtpm.wire.errors import MessageError, SpvtpmError
 from spvtpm.wire.platform_api import (
     Chip,
+    Destination,
+    Drain,
     Event,
     EventPage,
+    Host,
     Me,
     NewVm,
     Operation,
@@ -107,16 +111,32 @@ class Platform:
         """What it says of a VM."""
         return _about(found := self._ask("GET", f"/v1/vms/{vm_id}", Vm), found.vm_id == vm_id)
 
-    def vms(self) -> list[Vm]:
-        """All VMs of this user, by name."""
+    def vms(self, *, of_all: bool = False) -> list[Vm]:
+        """All VMs of this user, by name; or, for administrators, of all users, by these."""
         found: list[Vm] = []
         while True:
-            page = self._ask("GET", f"/v1/vms?after={found[-1].name}" if found else "/v1/vms", VmPage)
-            names = [vm.name for vm in [*found[-1:], *page.vms]]
+            query = {"all": "true"} if of_all else {}
+            if found:
+                query["after"] = f"{found[-1].user}/{found[-1].name}" if of_all else found[-1].name
+            page = self._ask("GET", f"/v1/vms?{urlencode(query)}" if query else "/v1/vms", VmPage)
+            names = [(vm.user if of_all else "", vm.name) for vm in [*found[-1:], *page.vms]]
             _about(page, all(first < second for first, second in pairwise(names)))
             found += page.vms
             if not page.more or not page.vms or len(found) > MAX_VMS:
                 return found
+
+    def hosts(self) -> list[Host]:
+        """All hosts; for administrators, as the next two."""
+        return self._ask("GET", "/v1/hosts", list[Host])
+
+    def drain(self, name: str) -> Drain:
+        """Has a host emptied: it takes no VMs any more, and those that run there move away."""
+        found = self._ask("POST", f"/v1/hosts/{name}/drain", Drain)
+        return _about(found, found.host.name == name)
+
+    def undrain(self, name: str) -> Host:
+        """Has a host take VMs again."""
+        return _about(found := self._ask("DELETE", f"/v1/hosts/{name}/drain", Host), found.name == name)
 
     def events(self, vm_id: uuid.UUID, after: int = 0) -> Iterator[Event]:
         """What happened to a VM as the platform saw it, oldest first."""
@@ -145,6 +165,15 @@ class Platform:
     def command(self, vm_id: uuid.UUID, kind: OperationKind) -> Operation:
         """Has a VM started, shut down, hibernated, resumed, or released."""
         return self._begin("POST", f"/v1/vms/{vm_id}/{kind}", kind, vm_id)
+
+    def migrate(self, vm_id: uuid.UUID, destination: Destination) -> Operation:
+        """Has a VM moved to another host while it runs."""
+        return self._begin("POST", f"/v1/vms/{vm_id}/migrate", "migrate", vm_id, destination)
+
+    def cancel(self, operation_id: uuid.UUID) -> Operation:
+        """Asks for the end of a migration, as long as its VM has not gone; how far it is."""
+        found = self._ask("POST", f"/v1/operations/{operation_id}/cancel", Operation)
+        return _about(found, found.operation_id == operation_id)
 
     def destroy(self, vm_id: uuid.UUID) -> Operation:
         """Has a VM forgotten whose owner has destroyed it."""

@@ -9,6 +9,9 @@ where, a vTPM lives; so it refuses an older file, and a second life of a vTPM th
 
 `exporting` and `importing` are written down before the step that they stand for, so that a terminal that died in between
 knows what to ask. What a chip answers counts because the channel showed that it is genuine.
+
+A running vTPM may be handed from chip to chip, by others than its owner; nothing is written down before. The chip that has
+given it away says to which one, and that one says that it has it.
 """
 
 from __future__ import annotations
@@ -136,7 +139,14 @@ def after_fate(known: Known, fate: Fate, chip_id: bytes) -> Known | None:
     if isinstance(place, Importing) and _never_came(place, fate):
         before = place.before or _exported(place, fate)
         return None if before is None else replace(known, place=before)
+    if fate.state == "migrated" and fate.chip is not None:
+        return replace(known, place=_handed_on(place, fate.chip))
     return replace(known, place=_exported(place, fate) or place)
+
+
+def _handed_on(place: AtChip | Exporting | Importing, chip_id: bytes) -> AtChip | Exporting:
+    """At another chip. A file of it that nobody has confirmed is void there, too, and still to be removed."""
+    return replace(place, chip_id=chip_id) if isinstance(place, Exporting) else AtChip(chip_id)
 
 
 def _never_came(place: Importing, fate: Fate) -> bool:

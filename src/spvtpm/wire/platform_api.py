@@ -1,7 +1,7 @@
 """What the cloud platform's users say to it: JSON over HTTP, under /v1. The platform sees all of it; so it holds no secret.
 
 Every request has `Authorization: Bearer TOKEN`. Each that begins an operation may have an `Idempotency-Key` (1 to 64 visible
-characters): the same request with the same key gives the same operation again. Errors are problem details (`problems.py`).
+characters), to be said again with it. Errors are problem details (`problems.py`). Format: docs/formats/platform-api.md.
 
     POST   /v1/vms                        NewVm -> 202 Operation      place a VM at a host; its owner provisions it then
     GET    /v1/vms?after=NAME             -> VmPage
@@ -36,8 +36,6 @@ characters): the same request with the same key gives the same operation again. 
     DELETE /v1/users/{name}               -> 204
     POST   /v1/users/{name}/tokens        NewToken -> 201 MadeToken   the token itself is told once, here
     DELETE /v1/users/{name}/tokens/{token_id}     -> 204
-
-Format: docs/formats/platform-api.md.
 """
 
 from __future__ import annotations
