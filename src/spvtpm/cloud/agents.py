@@ -29,6 +29,7 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 _REPORT_TIMEOUT_S: Final = 10.0  # a host that is as slow as this takes no VM, and is not online
 _WHOLE_ANSWER_S: Final = 120.0
 _MAX_REPORT_BYTES: Final = 4 << 20  # a page of reports, each with two sentences
+_BROKEN: Final = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 _Answer = TypeVar("_Answer")
 
 
@@ -111,14 +112,22 @@ class Agent:
 
     def _exchange(self, method: str, path: str, max_bytes: int, **request: Any) -> bytes:
         try:
-            with self._client.stream(method, path, **request) as response:
-                if not response.is_success:
-                    raise error_of(_bounded(response, MAX_PROBLEM_BYTES, cut=True), response.status_code)
-                return _bounded(response, max_bytes, cut=False)
+            try:
+                return self._ask(method, path, max_bytes, **request)
+            except (
+                _BROKEN
+            ):  # a kept connection that the agent has closed meanwhile, most likely; each request may be repeated
+                return self._ask(method, path, max_bytes, **request)
         except httpx.TimeoutException:
             raise Unavailable(f"host {self.host} does not answer in time") from None
         except httpx.HTTPError as error:
             raise Unavailable(f"host {self.host} does not answer: {in_words(error)}") from None
+
+    def _ask(self, method: str, path: str, max_bytes: int, **request: Any) -> bytes:
+        with self._client.stream(method, path, **request) as response:
+            if not response.is_success:
+                raise error_of(_bounded(response, MAX_PROBLEM_BYTES, cut=True), response.status_code)
+            return _bounded(response, max_bytes, cut=False)
 
 
 def _bounded(response: httpx.Response, max_bytes: int, *, cut: bool) -> bytes:

@@ -153,9 +153,12 @@ def arrive(connection: Connection, handoff: Handoff, receipt: str) -> None:
         handoff: which is gone from its source.
         receipt: of the destination.
     """
-    connection.execute(  # first of the two, as everybody does who changes both
-        update(tables.vms).where(tables.vms.c.vm_id == handoff.vm_id).values(vm_id=handoff.vm_id)
-    )
+    vm = connection.execute(  # first of the two, as everybody does who changes both
+        update(tables.vms)
+        .where(tables.vms.c.vm_id == handoff.vm_id)
+        .values(vm_id=handoff.vm_id)
+        .returning(tables.vms.c.wants)
+    ).one_or_none()
     changed = connection.execute(
         update(_table)
         .where(_table.c.operation == handoff.operation, _table.c.receipt.is_(None))
@@ -163,10 +166,13 @@ def arrive(connection: Connection, handoff: Handoff, receipt: str) -> None:
     )
     if changed.rowcount != 1:
         return  # somebody else has written it down
+    wants = vm.wants if vm is not None else {}
+    if wants.get("host") is not None:  # its owner has named another one since
+        wants = {**wants, "host": handoff.destination}
     connection.execute(
         update(tables.vms)
         .where(tables.vms.c.vm_id == handoff.vm_id)
-        .values(host=handoff.destination, state="running", failure="", changed_s=time.time())
+        .values(host=handoff.destination, wants=wants, state="running", failure="", changed_s=time.time())
     )
     detail = f"from host {handoff.source} to host {handoff.destination}"
     record_event(connection, handoff.vm_id, "migrated", detail)

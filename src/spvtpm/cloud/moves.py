@@ -15,7 +15,6 @@ from spvtpm.cloud.undertakings import NotCurrent, Undertaking, WentThrough
 from spvtpm.wire.agent_api import Order, VmReport
 from spvtpm.wire.errors import MessageError
 from spvtpm.wire.platform_api import Wants
-from spvtpm.wire.platform_errors import NoHost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,9 +30,7 @@ def _choose_destination(work: Undertaking) -> None:
 
     def wants(vm: Row[Any]) -> Wants:
         wanted = msgspec.convert(vm.wants, Wants)
-        if wanted.host is not None and asked is not None and wanted.host != asked:
-            raise NoHost(f"the VM's owner wants it at host {wanted.host} alone")
-        return wanted if asked is None else msgspec.structs.replace(wanted, host=asked)
+        return wanted if asked is None else msgspec.structs.replace(wanted, host=asked)  # its owner's newest word
 
     def begin(connection: Connection, vm: Row[Any], host: str) -> None:
         handoffs.begin(connection, work.operation_id, work.vm_id, work.sequence, vm.host, host)

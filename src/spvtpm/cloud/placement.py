@@ -45,6 +45,8 @@ def choose(wants: Wants, hosts: Sequence[Candidate]) -> str:
         return min(fit, key=_load).name
     if not hosts:
         raise NoHost("no host takes the VM: the platform has none")
+    if wants.host is not None:  # what the others say against it is nobody's question
+        reasons = {wants.host: reasons.get(wants.host, "there is no such host")}
     clauses = [f"{name}: {reason}" for name, reason in sorted(reasons.items())]
     more = f"; and {len(clauses) - _MOST_CLAUSES} more" if len(clauses) > _MOST_CLAUSES else ""
     raise NoHost(f"no host takes the VM: {'; '.join(clauses[:_MOST_CLAUSES])}{more}")
