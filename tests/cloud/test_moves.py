@@ -111,6 +111,8 @@ def test_what_a_secure_processor_forbids_fails_and_the_vm_runs_on(sole_pair: Pai
     pair.first.before_order = pair.second.before_order = lambda _vm, _order: None
     done(pair.platform, pair.migrate())
     assert pair.settled() == "h2"
+    pair.first.before_order = pair.second.before_order = refuse  # also of one that has moved before
+    assert pair.platform.ended(pair.migrate()).state == "failed" and pair.settled() == "h2"
 
 
 def test_what_fails_on_the_way_leaves_the_vm_where_it_was(pair: Pair) -> None:

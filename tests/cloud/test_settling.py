@@ -232,5 +232,5 @@ class Moves(RuleBasedStateMachine):
 
 TestMoves = pytest.mark.attack("A16")(pytest.mark.claim("C8")(Moves.TestCase))
 TestMoves.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

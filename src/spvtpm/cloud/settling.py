@@ -185,8 +185,11 @@ class Settler:
 
 
 def _is_untouched(handoff: Handoff, report: VmReport) -> bool:
-    """Whether a source that was told to keep the VM has it, and nothing of the handoff: that was never begun, or is forgotten."""
+    """Whether a source that was told to keep the VM has it, and nothing of the handoff: that was never begun, or is forgotten.
+
+    What it has of an earlier one, in which the VM stayed or came, says nothing of this.
+    """
     found, block = report.handoff, report.security_block
-    if found is not None and (found.outcome != "kept" or found.handoff == handoff.handoff):
+    if found is not None and (found.outcome not in {"kept", "come"} or found.handoff == handoff.handoff):
         return False
     return handoff.handoff is None or (block is not None and block.state != "leaving")
