@@ -26,7 +26,7 @@ class Network:
     """A network namespace with a cable to ours.
 
     Args:
-        number: 1 to 254; of networks that are there at a time.
+        number: 1 to 50; no other network of this process has it at the time.
 
     Raises:
         NoNetworks: it cannot be made.
@@ -35,27 +35,28 @@ class Network:
     def __init__(self, number: int) -> None:
         self._name = f"spvtpm-{os.getpid()}-{number}"
         self._cable = f"sv{os.getpid() % 100_000}n{number}"  # at most 15 letters
-        self.address = f"10.213.{number}.2"
-        here = f"10.213.{number}.1/30"
+        subnet = f"10.{200 + number}.{os.getpid() % 250}"  # those of other test processes are others
+        self.address = f"{subnet}.2"
+        here = f"{subnet}.1/30"
         try:
             _ip("netns", "add", self._name)
             _ip("link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", self._name)
             _ip("addr", "add", here, "dev", self._cable)
             _ip("-n", self._name, "addr", "add", f"{self.address}/30", "dev", "eth0")
             _ip("-n", self._name, "link", "set", "lo", "up")
-            _ip("-n", self._name, "link", "set", "eth0", "up")
+            _ip("link", "set", self._cable, "up")
             self.mend()
         except NoNetworks:
             self.close()
             raise
 
     def cut(self) -> None:
-        """Nothing goes through the cable any more; nobody is told."""
-        _ip("link", "set", self._cable, "down")
+        """Nothing goes through any more, and nobody is told: it is cut at its far end, so that the way there stays."""
+        _ip("-n", self._name, "link", "set", "eth0", "down")
 
     def mend(self) -> None:
         """It does again."""
-        _ip("link", "set", self._cable, "up")
+        _ip("-n", self._name, "link", "set", "eth0", "up")
 
     @contextmanager
     def entered(self) -> Iterator[None]:

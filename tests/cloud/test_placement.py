@@ -85,7 +85,8 @@ def test_the_least_loaded_of_those_that_will_do_is_chosen_and_else_each_has_its_
     else:
         with pytest.raises(NoHost) as refused:
             choose(wanted, hosts)
-        assert all(f"{one.name}: " in str(refused.value) for one in hosts)
+        asked = [one.name for one in hosts] if wanted.host is None or not hosts else [wanted.host]
+        assert all(f"{name}: " in str(refused.value) for name in asked)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
@@ -119,5 +120,7 @@ def test_without_hosts_and_with_very_many_the_sentence_stays_short() -> None:
     with pytest.raises(NoHost, match="the platform has none"):
         choose(Wants(), [])
     with pytest.raises(NoHost, match="and 80 more") as refused:
-        choose(Wants(host="elsewhere"), [host(f"host-{number:03}") for number in range(100)])
+        choose(Wants(minimum_firmware=9), [host(f"host-{number:03}") for number in range(100)])
     assert len(str(refused.value)) < 2048
+    with pytest.raises(NoHost, match=r": elsewhere: there is no such host$"):
+        choose(Wants(host="elsewhere"), [host("host-1")])

@@ -32,16 +32,20 @@ class Apart:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._cleanup = ExitStack()
         self._name, self._known = "", b""
-        self.networks = [self._cleanup.enter_context(Network(number)) for number in (1, 2)]
-        self.cloud = self._cleanup.enter_context(CloudStack(directory, hosts=0))
+        with ExitStack() as cleanup:
+            self._make(directory, cleanup)
+            self._cleanup = cleanup.pop_all()
+
+    def _make(self, directory: Path, cleanup: ExitStack) -> None:
+        self.networks = [cleanup.enter_context(Network(number)) for number in (1, 2)]
+        self.cloud = cleanup.enter_context(CloudStack(directory, hosts=0))
         for network in self.networks:
             with network.entered():
                 self.cloud.add_host("--listen", f"{network.address}:{_PORT}")
         host = self.cloud.hosts[0]
         self._source = Agent(host.name, host.address, host.token_file.read_text())
-        self._cleanup.callback(self._source.close)
+        cleanup.callback(self._source.close)
         self.alice = self.cloud.user("alice")
         wait_until(lambda: self.alice.run("chips").count(b"host-") >= 2)
 

@@ -44,7 +44,7 @@ def choose_host(work: Undertaking, choice: Choice) -> None:
 
     Raises:
         NoHost: none will do.
-        Unavailable: none will do, and one would that does not answer.
+        Unavailable: none will do, and one would that does not answer, or has still to hear of an earlier move.
         NotCurrent: the operation is over.
     """
     answering: set[str] = set()
@@ -77,6 +77,6 @@ def _best(wants: Wants, candidates: list[Candidate], against: Mapping[str, str],
             wants, [replace(one, failure=failures[one.name]) if one.name in failures else one for one in candidates]
         )
     except NoHost as error:
-        if silent:  # it may be back soon
+        if silent or _UNTOLD in against.values():  # it may be back soon
             raise Unavailable(str(error)) from None
         raise
