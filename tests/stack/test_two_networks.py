@@ -118,12 +118,11 @@ def apart() -> Iterator[Apart]:
 @pytest.mark.claim("C8")
 @pytest.mark.attack("A19")
 @pytest.mark.parametrize("cut", ["source", "destination"])
-@pytest.mark.parametrize("copied_bytes", [1, 12_000_000])
-def test_a_cable_that_is_cut_for_a_while_delays_a_move(apart: Apart, cut: str, copied_bytes: int) -> None:
-    """At the begin of its memory, or at its end, where the vTPM follows: the VM is at one host then, as it was."""
+def test_a_cable_that_is_cut_for_a_while_delays_a_move(apart: Apart, cut: str) -> None:
+    """At the end of its memory, where the vTPM follows: the VM is at one host then, as it was."""
     apart.new_vm()
     move = apart.migrate()
-    apart.await_copied(copied_bytes)
+    apart.await_copied(12_000_000)
     cable = apart.networks[0 if cut == "source" else 1]
 
     cable.cut()
