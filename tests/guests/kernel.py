@@ -1,4 +1,4 @@
-"""What guests boot: Debian's kernel, taken out of its package by scripts/guest-kernel.sh, and small initramfs of the tests' own."""
+"""What guests boot: Debian's kernel, as scripts/guest-kernel.sh has taken it out of its package, and an initramfs of the test's own."""
 
 from __future__ import annotations
 

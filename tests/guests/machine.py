@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import subprocess
@@ -50,14 +51,14 @@ class Guest:
         while (match := re.search(pattern, self.said)) is None:
             left = deadline - time.monotonic()
             ready, _, _ = select.select([self._process.stdout], [], [], max(left, 0))
-            data = self._process.stdout.read1(1 << 16) if ready else b""
+            data = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
             assert data, (
                 f"{'the guest ended' if ready else 'time is up'}; {pattern!r} is not in what it said:\n{self.said}"
             )
             self.said += data.decode(errors="replace").replace("\r", "")
         return match
 
-    def type(self, line: str) -> None:
+    def enter(self, line: str) -> None:
         """Types a line on the console."""
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
