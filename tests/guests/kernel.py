@@ -1,4 +1,4 @@
-"""What guests boot: Debian's kernel, as scripts/guest-kernel.sh has taken it out of its package, and an initramfs of the test's own."""
+"""What guests boot: Debian's kernel, as scripts/guest-kernel.sh has taken it out of its package, and an initramfs."""
 
 from __future__ import annotations
 

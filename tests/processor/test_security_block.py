@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.pretty import pprint
 
 from spvtpm.processor.arrival import Arrival
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.ownership import Ownership
+from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, SpvtpmError, WrongState
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.mailbox import derive_boot_key

@@ -6,7 +6,7 @@ State directory, mode 0700 (0711 if other users are allowed to connect):
     sp.toml        configuration
     nv.db          sealed NV records
     run/           sockets: `sp.sock` for the hypervisor, `channel.sock` for owners' channels, `migration.sock` for other chips,
-                   `<vm id>.sock` for each VM
+                   `<vm id>.sock` or `<vm id>.emulator.sock` for each VM
     lock           held while a daemon runs
 """
 
@@ -205,11 +205,11 @@ class SecureProcessor:
                 self._admission.admit(request.vm_id)
                 return messages.Admitted()
             case messages.LaunchVm():
-                return await security.launch(request.vm_id, with_vtpm=request.with_vtpm, vm_uid=request.vm_uid)
+                return await security.launch(request)
             case messages.CreateVtpm():
                 return await security.create_vtpm(request.vm_id)
             case messages.StartVm():
-                return await security.start(request.vm_id, request.vm_uid)
+                return await security.start(request)
             case messages.ResetVm():
                 return await security.reset(request.vm_id)
             case messages.StopVm():
