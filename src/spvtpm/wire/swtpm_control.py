@@ -178,9 +178,11 @@ def no_state_answer(result: ControlResult) -> bytes:
     return struct.pack(">IIII", result, 0, 0, 0)
 
 
-def locality_result(request: ControlRequest) -> ControlResult:
+def locality_result(body: bytes) -> ControlResult:
     """Of SET_LOCALITY: locality 0 is the only one."""
-    return ControlResult.SUCCESS if request.body[0] == 0 else ControlResult.BAD_LOCALITY
+    if not body:
+        return ControlResult.BAD_PARAMETER
+    return ControlResult.SUCCESS if body[0] == 0 else ControlResult.BAD_LOCALITY
 
 
 def answer_control(data: bytes) -> tuple[bytes, ControlCommand | None]:
@@ -191,13 +193,13 @@ def answer_control(data: bytes) -> tuple[bytes, ControlCommand | None]:
     Args:
         data: hostile bytes.
     """
-    if is_cut_off(data):
+    if len(data) < _U32.size:
         return result_answer(ControlResult.BAD_PARAMETER), None
     (code,) = _U32.unpack_from(data)
     if code == ControlCommand.GET_CAPABILITY:
         return capability_answer(_CLIENT_CAPABILITIES), None
     if code == ControlCommand.SET_LOCALITY:
-        return result_answer(locality_result(ControlRequest(code, data[_U32.size :]))), None
+        return result_answer(locality_result(data[_U32.size :])), None
     if code == ControlCommand.CANCEL_TPM_CMD:
         return result_answer(ControlResult.SUCCESS), ControlCommand.CANCEL_TPM_CMD
     return result_answer(ControlResult.BAD_ORDINAL), None

@@ -226,7 +226,7 @@ class EmulatorInterface:
             case ControlCommand.STOP | ControlCommand.SHUTDOWN:
                 return await self._switched(on=False)
             case ControlCommand.SET_LOCALITY:
-                return wire.locality_result(request)
+                return wire.locality_result(request.body)
             case ControlCommand.RESET_TPMESTABLISHED:  # it is never set
                 may = request.body[0] in _OF_DRTM
                 return self._if_on(ControlResult.SUCCESS if may else ControlResult.BAD_LOCALITY)
