@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 
 from spvtpm.wire.swtpm_control import MAX_REQUEST_BYTES, is_cut_off
@@ -82,13 +83,10 @@ class ControlConnection:
         await asyncio.get_running_loop().sock_sendall(self._socket, answer)
 
     def has_ended(self) -> bool:
-        """Whether the client has hung up, even if nobody has noticed yet."""
-        try:
-            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        """Whether the client has hung up, even if what it said before is not heard yet."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Hangs up."""

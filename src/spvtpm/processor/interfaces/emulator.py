@@ -95,7 +95,7 @@ class EmulatorInterface:
         self._mode: Callable[[DataChannel], None] = DataChannel.refuse
         self._is_on = False
         self._buffer_bytes = wire.MAX_BUFFER_BYTES
-        self._next: socket.socket | None = None
+        self._next: ControlConnection | None = None
         try:
             self._canceller, self._cancelled = socket.socketpair()
         except OSError as error:
@@ -161,20 +161,22 @@ class EmulatorInterface:
 
     def _admit(self, connection: socket.socket) -> None:
         uid = peer_of(connection).uid
-        is_held = self._client is not None and not self._client.has_ended()
-        if uid not in self._allowed_uids or is_held or self._next is not None:
+        is_held = any(held is not None and not held.has_ended() for held in (self._client, self._next))
+        if uid not in self._allowed_uids or is_held:
             reason = "another process holds it" if uid in self._allowed_uids else "not allowed"
             log.warning("refused a connection of uid %d to interface %s: %s", uid, self.path.name, reason)
             connection.close()
             return
-        self._next = connection
+        if self._next is not None:
+            self._next.close()
+        self._next = ControlConnection(connection)
         if self._client is None:
             self._begin()
 
     def _begin(self) -> None:
         """Serves whoever waits: one alone, while the TPM of the client before is being switched off."""
         if self._next is not None:
-            self._client, self._next = ControlConnection(self._next), None
+            self._client, self._next = self._next, None
             self._conversation = asyncio.get_running_loop().create_task(self._converse(self._client))
 
     async def _converse(self, client: ControlConnection) -> None:
