@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -26,13 +27,23 @@ class Guest:
         devices: further arguments for QEMU.
         append: further words for the kernel's command line.
         memory_mib: its memory.
+        reboots: whether it may reboot; otherwise that is its end.
     """
 
-    def __init__(self, initramfs: Path, devices: Sequence[str] = (), append: str = "", memory_mib: int = 256) -> None:
+    def __init__(
+        self,
+        initramfs: Path,
+        devices: Sequence[str] = (),
+        append: str = "",
+        memory_mib: int = 256,
+        *,
+        reboots: bool = False,
+    ) -> None:
         self._process = subprocess.Popen(
             [
                 *(str(QEMU), "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,accel=tcg"),
-                *("-cpu", "max", "-m", str(memory_mib), "-serial", "stdio", "-no-reboot"),
+                *("-cpu", "max", "-m", str(memory_mib), "-serial", "stdio"),
+                *("-action", f"reboot={'reset' if reboots else 'shutdown'}"),
                 *("-kernel", str(KERNEL), "-initrd", str(initramfs)),
                 *("-append", f"console=ttyS0 quiet panic=-1 {append}"),
                 *devices,
@@ -63,6 +74,10 @@ class Guest:
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
+
+    def kill(self, number: signal.Signals) -> None:
+        """Sends QEMU a signal."""
+        self._process.send_signal(number)
 
     def wait(self) -> str:
         """Waits for the guest's end; gives all that it said."""
