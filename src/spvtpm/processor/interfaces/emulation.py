@@ -58,7 +58,7 @@ class Switch(Protocol):
 
 
 class Emulation:
-    """One TPM's. A worker reads its data channel, or it is watched, or refused: `leave_to_worker()`, `watch()`, `fail()`, `rest()`.
+    """One TPM's. Its data channel is a worker's, or watched, or refused: `leave_to_worker()`, `watch()`, `fail()`, `rest()`.
 
     Args:
         switch: of the TPM.
