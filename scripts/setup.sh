@@ -7,7 +7,7 @@
 #
 #   runtime  what ./demo needs
 #   test     runtime, and what ./test and `make bench` need
-#   dev      test, and what `make check` and `make lock` need; also QEMU with a guest's kernel, and Chromium, for the tests with them
+#   dev      test, and what `make check` and `make lock` need; also QEMU, libvirt, a guest's kernel and Chromium, for the tests with them
 #   fuzz     test, and what `make fuzz` needs
 #
 # Environment:
@@ -48,11 +48,13 @@ packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2
 # postgresql: the tests start servers of their own from its programs; the one that Debian sets up is not used.
 # spin: the checker of models/.
 test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2 postgresql spin"
+# What runs the tests' guests.
+guest_packages="qemu-system-x86 libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu"
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;
 test) enough="test dev fuzz" packages="$packages $test_packages" ;;
-dev) enough="dev" packages="$packages $test_packages qemu-system-x86 chromium make git" ;;
+dev) enough="dev" packages="$packages $test_packages $guest_packages chromium make git" ;;
 fuzz) enough="fuzz" packages="$packages $test_packages clang" ;; # and its sanitizers, see below
 *)
     echo "usage: scripts/setup.sh runtime|test|dev|fuzz" >&2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tests.guests.machine import Guest
 from tests.guests.qmp import Qmp
 from tests.guests.tpm_device import SHELL, ask, response, said
 from tests.harness import RunningSp
+from tests.swtpm_process import RunningSwtpm
 
 pytestmark = [needs_guests, pytest.mark.claim("B1")]
 
@@ -133,3 +135,14 @@ def test_qemu_itself_refuses_to_migrate_or_save_such_a_machine(
             guest.wait_for("up")
             with pytest.raises(AssertionError, match="TPM"):
                 Qmp(connection).do("migrate", uri="exec:cat >/dev/null")
+
+
+def test_by_swtpms_command_line(directory: Path) -> None:
+    place = directory / "swtpm"
+    place.mkdir()
+    initramfs = Initramfs(SHELL + ask("random", tpm.get_random(8))).write(place / "initramfs")
+    running = RunningSwtpm(place, (sys.executable, "-m", "spvtpm.swtpm"), ("--terminate",))
+    with running as control, Guest(initramfs, attached(control)) as guest:
+        assert len(tpm.random_in(response(guest.wait_for(said("random"))))) == 8
+        guest.wait()
+        assert running.process.wait(60) == 0, "it ends with its machine"
