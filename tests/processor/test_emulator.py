@@ -175,11 +175,16 @@ def test_init_is_a_reset_and_what_is_permanent_stays(client: EmulatorClient) -> 
     assert after.is_safe, "it was shut down in order"
 
 
-def test_a_guest_that_slept_comes_back_with_its_pcrs(client: EmulatorClient) -> None:
+@pytest.mark.parametrize("parks", [False, True])
+def test_a_guest_that_slept_comes_back_with_its_pcrs(
+    shared: RunningSp, vm: tuple[uuid.UUID, Path], client: EmulatorClient, parks: bool
+) -> None:
     touch_pcr(client)
     tpm.checked(client.transmit(tpm.pcr_extend(0, b"m" * 32)))
     before = tpm.pcr_in(client.transmit(tpm.pcr_read(0)))
     tpm.checked(client.transmit(tpm.shutdown(clear=False)))
+    if parks:
+        shared.info(messages.ParkVtpm(vm_id=vm[0]))
     client.do(swtpm.CMD_STOP)
     assert client.init() == 0
     tpm.checked(client.transmit(tpm.startup(clear=False)))

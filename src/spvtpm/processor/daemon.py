@@ -38,6 +38,7 @@ from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.keepers import IN_DIRECTORY, Keeper, burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
+from spvtpm.processor.interfaces.emulator import SUFFIX
 from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Ledger
 from spvtpm.processor.migration.departures import Departures
@@ -63,7 +64,7 @@ from spvtpm.wire.errors import AlreadyInitialised, FusesError, NoSecureProcessor
 
 log = logging.getLogger(__name__)
 
-_LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}.sock"
+_LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}{SUFFIX}"
 
 
 def initialise(state: Path, chip_file: Path, keeper: Keeper = IN_DIRECTORY) -> Fuses:

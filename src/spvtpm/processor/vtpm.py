@@ -88,6 +88,7 @@ class Vtpm(Resident):
             await self._run_worker(blank.worker, start, [endorsement, *with_changes], listen)
             if interface.switched_by_vm:
                 await self._shut_down()
+                self._require(Residency.OFF, "begin")
 
     async def power_on(
         self, boot: Boot, volatile: bytes | None = None, *, permanent: bytes | None = None, offered: bool = True
@@ -273,7 +274,8 @@ class Vtpm(Resident):
             permanent = self._services.store.read(record_name(self.vtpm_id))
             parked = self._services.parking.take(self.vtpm_id)
             port = self.interface.port(self.vm_id.bytes, self._boot, parked.snapshot)
-            await self._run_worker(worker, Start(port, permanent, parked.volatile), [])
+            start = Start(port, permanent, parked.volatile, has_shut_down=parked.has_shut_down)
+            await self._run_worker(worker, start, [])
         except SpvtpmError as error:
             worker.kill()
             worker.close()

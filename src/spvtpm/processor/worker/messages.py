@@ -95,6 +95,7 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         volatile: its volatile state as `Parked` gave it; none is a power-on.
         pcr_banks: names of those that a new TPM is to have; none: as it is manufactured.
         reseed: other copies of this state may run, as of one that was hibernated: no random number may be drawn twice.
+        has_shut_down: as `Parked` gave it.
     """
 
     port: DirectPort | PacketPort | StreamPort
@@ -102,6 +103,7 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     volatile: Volatile | None = None
     pcr_banks: Annotated[list[PcrBank], Meta(max_length=16)] = []
     reseed: bool = False
+    has_shut_down: bool = False
 
 
 class Endorsed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -189,10 +191,12 @@ class Parked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     Attributes:
         volatile: the TPM's volatile state, packed; it fits the permanent state that was committed last.
         snapshot: the interface.
+        has_shut_down: whether the guest's last command was an orderly shutdown: it sleeps, or has ended.
     """
 
     volatile: Volatile
     snapshot: InterfaceSnapshot | None
+    has_shut_down: bool = False
 
 
 class Off(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):

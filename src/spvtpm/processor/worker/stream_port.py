@@ -27,9 +27,10 @@ class StreamPort:
         descriptors: the socket, and one that cancels, or none; they stay the caller's.
         tpm: executes commands.
         control: the SP.
+        has_shut_down: whether the guest's last command, before it was parked, was an orderly shutdown.
     """
 
-    def __init__(self, descriptors: list[int], tpm: WorkerTpm, control: Control) -> None:
+    def __init__(self, descriptors: list[int], tpm: WorkerTpm, control: Control, *, has_shut_down: bool) -> None:
         self._tpm = tpm
         self._control = control
         self._poll = select.poll()
@@ -39,7 +40,7 @@ class StreamPort:
             self._socket, self._canceller = (socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors)
             self._poll.register(self._socket, select.POLLIN)
         self.executed = 0
-        self.guest_has_shut_down = False
+        self.guest_has_shut_down = has_shut_down
 
     def snapshot(self) -> None:
         return None

@@ -57,7 +57,7 @@ class _Worker:
         if isinstance(start.port, messages.DirectPort):
             self._port = CrbPort(start.port, descriptors, self._tpm, self._control)
         elif isinstance(start.port, messages.StreamPort):
-            self._port = StreamPort(descriptors, self._tpm, self._control)
+            self._port = StreamPort(descriptors, self._tpm, self._control, has_shut_down=start.has_shut_down)
         else:
             self._port = PacketPort(descriptors, self._tpm, self._control)
 
@@ -92,5 +92,5 @@ class _Worker:
         except StorageError:
             self._control.send(StillBusy())
             return False
-        self._control.send(Parked(volatile, self._port.snapshot()))
+        self._control.send(Parked(volatile, self._port.snapshot(), self._port.guest_has_shut_down))
         return True
