@@ -165,3 +165,39 @@ def test_a_state_of_swtpms_is_no_reason_to_begin_anew(directory: Path) -> None:
     (directory / "tpm2-00.permall").write_bytes(b"state")
     done = run("socket", "--tpm2", "--tpmstate", f"dir={directory}", "--ctrl", f"type=unixio,path={directory}/c")
     assert (done.returncode, "only swtpm can read" in done.stderr) == (1, True)
+
+
+# spvtpm-swtpm-setup
+
+
+def set_up(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spvtpm.swtpm.setup", "--tpm2", "--tpm-state", f"{directory}/state", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_it_makes_a_tpm_with_endorsement_keys_and_says_that_nobody_certifies_them(directory: Path) -> None:
+    done = set_up(
+        directory, "--createek", "--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--vmid", "vm:1"
+    )
+    assert (done.returncode, "no certificates" in done.stderr) == (0, True)
+    more = ("--server", f"type=unixio,path={directory}/tpm", "--flags", "startup-clear")
+    (directory / "tpm.ctrl").symlink_to(directory / "control")
+    tools = Tools(f"swtpm:path={directory}/tpm", directory)
+    with RunningSwtpm(directory, SPVTPM_SWTPM, more):
+        assert tools.run("tpm2_getcap", "handles-persistent").split() == [b"-", b"0x81010001", b"-", b"0x81010016"]
+        tools.run("tpm2_createek", "-Q", "-c", "ek.ctx", "-G", "rsa", "-u", "made.pub")
+        tools.run("tpm2_readpublic", "-Q", "-c", "0x81010001", "-o", "kept.pub")
+        assert tools.read("made.pub") == tools.read("kept.pub"), "it is the standard one"
+        assert "another process uses" in set_up(directory, "--overwrite").stderr
+
+
+def test_a_tpm_that_is_there_stays_unless_it_is_to_be_overwritten(directory: Path) -> None:
+    store = directory / "state" / "root-key"
+    assert set_up(directory).returncode == 0
+    made = store.read_bytes()
+    assert "--overwrite makes another" in set_up(directory).stderr
+    assert set_up(directory, "--not-overwrite").returncode == 0
+    assert store.read_bytes() == made
+    assert set_up(directory, "--overwrite").returncode == 0
+    assert store.read_bytes() != made
+    assert "unrecognized" in set_up(directory, "--pwdfile-fd", "3").stderr

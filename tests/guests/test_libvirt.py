@@ -1,4 +1,5 @@
-"""libvirt, with the XML that docs/how-to/attach-qemu.md gives: a session of a user who is not the secure processor's."""
+"""libvirt: with the XML that docs/how-to/attach-qemu.md gives, and with our programs in place of swtpm's. A session of a user
+who is not the secure processor's."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests.kernel import KERNEL, Initramfs, needs_guests
+import spvtpm
+from tests.guests.kernel import KERNEL, QEMU, Initramfs, needs_guests
 from tests.harness import RunningSp, has_ended, is_root
 
 NOBODY = 65534
 """Somebody else, whom the system knows. Root has no session in libvirt."""
+
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "attach-qemu.md"
 
@@ -67,21 +72,22 @@ class Session:
 
     Args:
         directory: its home.
+        programs: where it looks for programs first.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, programs: Path | None = None) -> None:
         self._directory = directory
-        self._environment = {**os.environ, "HOME": str(directory), "XDG_RUNTIME_DIR": str(directory)}
+        path = os.environ["PATH"] if programs is None else f"{programs}:{os.environ['PATH']}"
+        self._environment = {**os.environ, "HOME": str(directory), "XDG_RUNTIME_DIR": str(directory), "PATH": path}
 
-    def do(self, *words: str) -> str:
-        """A command of virsh; what it says."""
+    def do(self, *words: str) -> None:
+        """A command of virsh."""
         user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if is_root() else {}
         command = ["virsh", "-c", "qemu:///session", *words]
         done = subprocess.run(  # type: ignore[call-overload]
             command, env=self._environment, capture_output=True, text=True, timeout=60, **user
         )
         assert done.returncode == 0, done.stderr
-        return str(done.stdout)
 
     def end(self) -> None:
         """Ends the daemon; it would wait for more."""
@@ -92,26 +98,58 @@ class Session:
             has_ended(process)
 
 
-def test_a_guest_of_libvirts_has_its_vtpm_as_an_external_backend(directory: Path) -> None:
+def console_of(directory: Path, session: Session, tpm: str) -> str:
+    """What a guest with this TPM says from its start to its end."""
     shutil.copyfile(KERNEL, directory / "vmlinuz")
     Initramfs("echo version=$(cat /sys/class/tpm/tpm0/tpm_version_major)").write(directory / "initramfs")
     os.mkfifo(directory / "console.in")
     os.mkfifo(directory / "console.out")
-    for file in directory.iterdir():
-        file.chmod(0o666)
-    uids = f"allowed_uids = [{os.geteuid()}, {NOBODY}]\n" if is_root() else None
-    session = Session(directory)
-    with RunningSp(directory / "sp", uids) as sp:
-        path = sp.launch_emulated()[1]
-        (tpm,) = re.findall(r"<tpm .*?</tpm>", PAGE.read_text(), re.DOTALL)
-        tpm = re.sub(r"path='[^']*'", f"path='{path}'", tpm)
-        domain = directory / "domain.xml"
-        domain.write_text(_DOMAIN.format(directory=directory, qemu=shutil.which("qemu-system-x86_64"), tpm=tpm))
-        console = os.open(directory / "console.out", os.O_RDONLY | os.O_NONBLOCK)
+    domain = directory / "domain.xml"
+    domain.write_text(_DOMAIN.format(directory=directory, qemu=QEMU, tpm=tpm))
+    for name in ("vmlinuz", "initramfs", "console.in", "console.out", "domain.xml"):
+        (directory / name).chmod(0o666)
+    console = os.open(directory / "console.out", os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(console, errors="replace") as lines:
         try:
             session.do("create", str(domain))
             os.set_blocking(console, True)
-            with os.fdopen(console, errors="replace") as lines:
-                assert "version=2" in lines.read()
+            return lines.read()
         finally:
             session.end()
+
+
+def test_a_guest_of_libvirts_has_its_vtpm_as_an_external_backend(directory: Path) -> None:
+    uids = f"allowed_uids = [{os.geteuid()}, {NOBODY}]\n" if is_root() else None
+    with RunningSp(directory / "sp", uids) as sp:
+        (tpm,) = re.findall(r"<tpm .*?</tpm>", PAGE.read_text(), re.DOTALL)
+        tpm = re.sub(r"path='[^']*'", f"path='{sp.launch_emulated()[1]}'", tpm)
+        assert "version=2" in console_of(directory, Session(directory), tpm)
+
+
+def python_for_the_session(directory: Path) -> str:
+    """One that the session's user can execute, and that has what is installed here: root's own may be out of his reach."""
+    if not is_root():
+        return sys.executable
+    environment = directory / "environment"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(environment)], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "here.pth").write_text(f"{Path(spvtpm.__file__).parents[1]}\n{sysconfig.get_path('platlib')}\n")
+    python = str(environment / "bin" / "python")
+    tried = subprocess.run(
+        [python, "-c", "import spvtpm.swtpm.main"], user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True
+    )
+    if tried.returncode != 0:
+        pytest.skip("the session's user can execute no Python that has what is installed here")
+    return python
+
+
+@pytest.mark.skipif(shutil.which("swtpm_ioctl") is None, reason="libvirt wants swtpm_ioctl, too (package swtpm-tools)")
+def test_libvirt_takes_our_programs_for_swtpm_and_swtpm_setup(directory: Path) -> None:
+    programs, python = directory / "programs", python_for_the_session(directory)
+    programs.mkdir()
+    for name, module in (("swtpm", "spvtpm.swtpm"), ("swtpm_setup", "spvtpm.swtpm.setup")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {python} -m {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0' persistent_state='yes'/></tpm>"
+    assert "version=2" in console_of(directory, Session(directory, programs), tpm)
+    assert list(directory.rglob("nv.db")), "it was one of ours"

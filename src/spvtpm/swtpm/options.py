@@ -75,13 +75,15 @@ class Options:
     truncates: bool
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that raises."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="spvtpm-swtpm", description="A TPM 2.0 by swtpm's command line.", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="spvtpm-swtpm", description="A TPM 2.0 by swtpm's command line.", allow_abbrev=False)
     parser.add_argument(
         "--version", "-v", action="version", version=f"TPM emulator version {version('spvtpm')}, spvtpm"
     )

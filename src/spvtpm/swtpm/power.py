@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import NoReturn
 
 from spvtpm.embedded import StateDirectory
 from spvtpm.processor.interfaces.emulation import Emulation
-from spvtpm.processor.worker.messages import Off, PowerOff, Start
+from spvtpm.processor.worker.messages import Endorse, Off, PowerOff, Start
 from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.processor.worker_session import WorkerSession
-from spvtpm.wire.errors import WorkerError, WrongState
+from spvtpm.wire.errors import StorageError, WorkerError, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -72,3 +76,30 @@ class Power:
     async def _notice_end(self, reason: str) -> None:
         log.error("the TPM failed: %s; INIT begins it again", reason)
         self.emulation.fail()
+
+
+@asynccontextmanager
+async def powering(state: Path) -> AsyncIterator[Power]:
+    """The power of the TPM whose state is in that directory; it is off at the end.
+
+    Raises:
+        StorageError: the directory cannot be used, is damaged, or has a state of swtpm's own.
+        StateInUse: another process uses it.
+        WorkerError: this machine cannot run workers.
+    """
+    if any(state.glob("tpm2-*")):
+        raise StorageError(f"{state} has a state of swtpm's in it, which only swtpm can read")
+    async with AsyncExitStack() as cleanup:
+        storage = StateDirectory(state)
+        cleanup.callback(storage.close)
+        pool = WorkerPool(0, _certify)
+        cleanup.callback(pool.close)
+        await pool.open()
+        power = Power(pool, storage)
+        cleanup.callback(power.emulation.close_ends)
+        cleanup.push_async_callback(power.switch_off)
+        yield power
+
+
+def _certify(_new: Endorse) -> NoReturn:
+    raise WorkerError("no TPM is made ahead of need here, so none is certified")

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import NoReturn
 
-from spvtpm.embedded import StateDirectory
 from spvtpm.processor.unix_sockets import Acceptor
-from spvtpm.processor.worker.messages import Endorse
-from spvtpm.processor.worker_pool import WorkerPool
 from spvtpm.swtpm.options import Options, Startup
-from spvtpm.swtpm.power import Power
+from spvtpm.swtpm.power import Power, powering
 from spvtpm.swtpm.sockets import ControlServer, DataServer, listen
-from spvtpm.wire.errors import StorageError, WorkerError
+from spvtpm.wire.errors import WorkerError
 from spvtpm.wire.swtpm_control import ControlResult
 from spvtpm.wire.tpm_stream import HEADER
-
-log = logging.getLogger(__name__)
 
 _STARTUP: dict[Startup, bytes] = {
     "clear": bytes.fromhex("80010000000c000001440000"),
@@ -47,16 +39,7 @@ async def serve(options: Options, on_ready: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     async with AsyncExitStack() as cleanup:
-        if any(options.state.glob("tpm2-*")):
-            raise StorageError(f"{options.state} has a state of swtpm's in it, which only swtpm can read")
-        storage = StateDirectory(options.state)
-        cleanup.callback(storage.close)
-        pool = WorkerPool(0, _certify)
-        cleanup.callback(pool.close)
-        await pool.open()
-        power = Power(pool, storage)
-        cleanup.callback(power.emulation.close_ends)
-        cleanup.push_async_callback(power.switch_off)
+        power = await cleanup.enter_async_context(powering(options.state))
         await _open(options, power, stopping, cleanup)
         on_ready()
         await stopping.wait()
@@ -112,7 +95,3 @@ def _accept(
     listener.setblocking(False)
     cleanup.push_async_callback(end)
     cleanup.callback(Acceptor(listener, "the TPM", handle).close)
-
-
-def _certify(_new: Endorse) -> NoReturn:
-    raise WorkerError(f"process {os.getpid()} makes no TPM ahead of need, and so certifies none")
