@@ -28,9 +28,7 @@ pytestmark = pytest.mark.claim("B1")
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SPVTPM_SWTPM, *map(str, words)], capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ)
-    )
+    return subprocess.run([*SPVTPM_SWTPM, *map(str, words)], capture_output=True, text=True, timeout=60, check=False)
 
 
 def end(pid_file: Path) -> None:
@@ -45,27 +43,12 @@ def end(pid_file: Path) -> None:
 def daemon(directory: Path) -> Iterator[str]:
     """The TCTI string of one in the background, started as test-suites do."""
     port, pid_file = free_port_pair(), directory / "pid"
-    places = ("--server", f"type=tcp,port={port}", "--ctrl", f"type=tcp,port={port + 1}")
-    begun = run(
-        *(
-            "socket",
-            "--tpm2",
-            "--tpmstate",
-            f"dir={directory}/state",
-            *places,
-            "--flags",
-            "not-need-init,startup-clear",
-        ),
-        *(
-            "--pid",
-            f"file={pid_file}",
-            "--log",
-            f"file={directory}/log,level=5",
-            "--seccomp",
-            "action=none",
-            "--daemon",
-        ),
+    words = (
+        f"socket --tpm2 --tpmstate dir={directory}/state --server type=tcp,port={port} --ctrl type=tcp,port={port + 1} "
+        f"--flags not-need-init,startup-clear --pid file={pid_file} --log file={directory}/log,level=5 "
+        "--seccomp action=none --daemon"
     )
+    begun = run(*words.split())
     assert begun.returncode == 0, begun.stderr
     yield f"swtpm:host=127.0.0.1,port={port}"
     end(pid_file)

@@ -43,7 +43,7 @@ class Resident:
     async def _run_worker(
         self, worker: Worker, start: Start, changes: Sequence[Change], meanwhile: Callable[[], None] | None = None
     ) -> None:
-        assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
+        assert self.interface is not None  # noqa: S101  # a boot has one
         first_changes = list(changes)
 
         async def commit(permanent: bytes) -> None:
@@ -62,7 +62,6 @@ class Resident:
             ready = await session.start(start, self.interface.descriptors(), meanwhile)
         except SpvtpmError:
             await self._dismiss(Residency.OFF)
-            self.interface.rest()
             raise
         self._services.pool.note_missing(ready.missing)
         self.residency = Residency.ACTIVE
@@ -80,6 +79,8 @@ class Resident:
         self.residency = residency
         if session is not None:
             await session.end()
+        if self.interface is not None and residency is Residency.OFF:
+            self.interface.rest()
 
     async def _fail(self, reason: str) -> None:
         log.error("vTPM %s of VM %s failed: %s", self.vtpm_id, self.vm_id, reason)

@@ -303,6 +303,9 @@ class Vtpm(Resident):
                 log.warning("vTPM %s: cannot be woken for an orderly shutdown: %s", self.vtpm_id, error)
         if self.residency is Residency.ACTIVE:
             await self._shut_down()
+        if self.residency is Residency.PARKED:  # it could not be woken: a power cut
+            await self._dismiss(Residency.OFF)
+            self._services.parking.drop(self.vtpm_id)
 
     async def _shut_down(self) -> None:
         try:
@@ -313,8 +316,6 @@ class Vtpm(Resident):
         if not isinstance(reply, Off):
             log.warning("vTPM %s: no orderly shutdown: the worker said %s", self.vtpm_id, type(reply).__name__)
         await self._dismiss(Residency.OFF)
-        if self.interface is not None:
-            self.interface.rest()
 
     async def release(self) -> None:
         """Gives the interface back, if there is one; the vTPM must be off."""
