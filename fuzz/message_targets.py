@@ -10,7 +10,8 @@ from tests.owner import ANYTHING
 
 from fuzz.program import Program
 from fuzz.target import Target
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.ownership import Ownership
+from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.worker import messages as worker
 from spvtpm.wire import mailbox, messages
 from spvtpm.wire.errors import IntegrityError, MailboxError, MessageError

@@ -13,7 +13,7 @@ from spvtpm.wire import framing, ivshmem, tpm_stream
 from spvtpm.wire.errors import FrameError, InterfaceError
 from spvtpm.wire.framing import FrameDecoder, encode_frame
 from spvtpm.wire.ivshmem import Offer, OfferParser
-from spvtpm.wire.swtpm_control import ControlCommand, answer_control
+from spvtpm.wire.swtpm_control import ControlCommand, answer_control, is_cut_off, parse_request
 from spvtpm.wire.tpm_stream import CommandDecoder
 
 
@@ -94,6 +94,12 @@ def fuzz_swtpm_control(data: bytes) -> None:
     assert len(answer) == (8 if result == 0 and data[:4] == b"\0\0\0\1" else 4), "only capabilities have a body"
     assert command in (None, ControlCommand.CANCEL_TPM_CMD), "power and state are not the client's to control"
     assert result == 0 or command is None, "what is refused is not carried out"
+    request = parse_request(data)
+    if is_cut_off(data):
+        assert request is None, "a request is whole"
+    elif request is not None:
+        assert data == struct.pack(">I", request.code) + request.body, "a request is what came"
+        assert request.code != ControlCommand.SET_BUFFERSIZE or request.number >= 0, "a size is there"
 
 
 def fuzz_ivshmem(data: bytes) -> None:

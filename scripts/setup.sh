@@ -7,7 +7,7 @@
 #
 #   runtime  what ./demo needs
 #   test     runtime, and what ./test and `make bench` need
-#   dev      test, and what `make check` and `make lock` need; also QEMU and Chromium, for the tests with them
+#   dev      test, and what `make check` and `make lock` need; also QEMU, libvirt, a guest's kernel and Chromium, for the tests with them
 #   fuzz     test, and what `make fuzz` needs
 #
 # Environment:
@@ -48,11 +48,13 @@ packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2
 # postgresql: the tests start servers of their own from its programs; the one that Debian sets up is not used.
 # spin: the checker of models/.
 test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2 postgresql spin"
+# What runs the tests' guests.
+guest_packages="qemu-system-x86 libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu"
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;
 test) enough="test dev fuzz" packages="$packages $test_packages" ;;
-dev) enough="dev" packages="$packages $test_packages qemu-system-x86 chromium make git" ;;
+dev) enough="dev" packages="$packages $test_packages $guest_packages chromium make git" ;;
 fuzz) enough="fuzz" packages="$packages $test_packages clang" ;; # and its sanitizers, see below
 *)
     echo "usage: scripts/setup.sh runtime|test|dev|fuzz" >&2
@@ -178,7 +180,18 @@ if [ -z "${SPVTPM_SKIP_PACKAGES-}" ]; then
         [ -z "$missing" ] || install_packages
     fi
 fi
-[ -z "$is_ready" ] || exit 0
+
+# What guests boot; where it cannot be had, the tests with guests say so, and are skipped.
+fetch_guest_kernel() {
+    [ "$level" = dev ] && [ -z "${SPVTPM_SKIP_PACKAGES-}" ] && [ ! -e "$venv/guest/ready" ] || return 0
+    say "fetching the kernel of the tests' guests"
+    scripts/guest-kernel.sh "$venv/guest" >>"$log" 2>&1 || say "no kernel for the tests' guests can be had; see $log"
+}
+
+if [ "$is_ready" ]; then
+    fetch_guest_kernel
+    exit 0
+fi
 
 # The virtual environment
 
@@ -213,4 +226,5 @@ touch "$venv/.compiling"
 pip install --no-build-isolation --no-deps --editable . || exit 4
 compiled "$venv/.compiling" || fail "the compiled parts are not where they belong, in src; see $log"
 key >"$venv/.ready-$level"
+fetch_guest_kernel
 say "ready"

@@ -134,6 +134,13 @@ class RunningSp:
         self.info(messages.LaunchVm(vm_id=vm_id))
         return vm_id
 
+    def launch_emulated(self, channel: OwnerChannel | None = None) -> tuple[uuid.UUID, Path]:
+        """As `launch`, on the TPM emulator interface; also the socket of that."""
+        vm_id = self.new_vm(channel=channel)
+        vtpm = self.info(messages.LaunchVm(vm_id=vm_id, emulated=True)).vtpm
+        assert vtpm is not None
+        return vm_id, Path(vtpm.interface)
+
     def interface(self, vm_id: uuid.UUID) -> Path:
         """The VM's interface socket."""
         return self.state / "run" / f"{vm_id}.sock"

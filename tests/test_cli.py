@@ -231,6 +231,8 @@ def test_json_output_parses(sp: RunningSp) -> None:
     assert str(vm_id) in {vm["vm_id"] for vm in json.loads(done("hypervisor", "list", *at))}
     bare = str(sp.new_vm())
     assert json.loads(done("hypervisor", "launch", bare, "--without-vtpm", *at))["vtpm"] is None
+    emulated = json.loads(done("hypervisor", "launch", str(sp.new_vm()), "--emulator", *at))["vtpm"]
+    assert emulated["interface"].endswith(".emulator.sock")
     assert json.loads(done("hypervisor", "create-vtpm", bare, *at))["vtpm"]["residency"] == "active"
 
 

@@ -72,8 +72,16 @@ class _InMemory:
         pass
 
 
-class _InDirectory:
-    """Sealed and durable, as in the SP."""
+class StateDirectory:
+    """Sealed and durable, as in the SP.
+
+    Args:
+        directory: made if it is missing.
+
+    Raises:
+        StorageError: it cannot be used, or is damaged.
+        StateInUse: another process uses it.
+    """
 
     def __init__(self, directory: Path) -> None:
         try:
@@ -98,12 +106,19 @@ class _InDirectory:
             raise
 
     def load(self) -> bytes | None:
+        """The permanent state, or none for a new TPM."""
         return self._store.read(_RECORD) if _RECORD in self._store else None
 
     def save(self, permanent: bytes) -> None:
+        """Returns once it is durable.
+
+        Raises:
+            StorageError: it is not.
+        """
         self._store.commit([(_RECORD, permanent)]).result()
 
     def close(self) -> None:
+        """Ends use."""
         self._store.close()
         os.close(self._lock)
 
@@ -275,7 +290,7 @@ class VTPM:
 
     def __init__(self, state: Path | str | None = None) -> None:
         self._lock = threading.RLock()
-        self._storage: _Storage = _InMemory() if state is None else _InDirectory(Path(state))
+        self._storage: _Storage = _InMemory() if state is None else StateDirectory(Path(state))
         self._server: TctiServer | None = None
         self._sockets: Path | None = None
         self._process: _Process | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.wire import messages
 from spvtpm.wire.errors import SpvtpmError
 from tests import tpm_commands as tpm
+from tests.emulator_client import CMD_GET_CAPABILITY, EmulatorClient
 from tests.harness import RunningSp, is_root
 from tests.throwaway import run_in_child
 
@@ -84,6 +86,20 @@ def test_peer_credentials_refuse_another_user_even_where_permissions_are_open(sp
     assert f"uid {OTHER_USER}" in sp.log()
     with sp.driver(vm_id) as driver:
         tpm.checked(driver.transmit(tpm.startup()))
+
+
+def test_nor_does_another_user_get_the_tpm_emulator_interface(sp: RunningSp) -> None:
+    _vm_id, path = sp.launch_emulated()
+
+    def attach() -> None:
+        with EmulatorClient(path) as client:
+            if not client.ask(struct.pack(">I", CMD_GET_CAPABILITY)):
+                raise OSError("it hung up")
+
+    assert "Permission denied" in as_other_user(attach)
+    open_the_way_to(path)
+    assert "it hung up" in as_other_user(attach)
+    attach()
 
 
 def test_a_user_who_is_allowed_may_connect_and_one_who_is_not_may_not(state_directory: Path) -> None:

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.wire import crb, messages
 from spvtpm.wire.errors import StateInUse
+from tests.guests.qmp import Qmp
 from tests.harness import RunningSp
 
 QEMU = shutil.which("qemu-system-x86_64")
 
 pytestmark = pytest.mark.skipif(QEMU is None, reason="QEMU is not installed (package qemu-system-x86)")
-
-
-class Qmp:
-    """QEMU's monitor. Source: QEMU, docs/interop/qmp-spec."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._file = connection.makefile("rw")
-        self._file.readline()
-        self.do("qmp_capabilities")
-
-    def do(self, command: str) -> Any:
-        self._file.write(json.dumps({"execute": command}) + "\n")
-        self._file.flush()
-        while True:
-            said = json.loads(self._file.readline())
-            if "return" in said:
-                return said["return"]
-            assert "error" not in said, said
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spvtpm.processor.hibernation import hibernate
-from spvtpm.processor.interfaces.offer import InterfaceOffer
+from spvtpm.processor.interfaces.direct_path import DirectPath
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.residency import Residency
 from spvtpm.processor.vtpm import Vtpm
@@ -27,7 +27,7 @@ class Scene:
         self.parking = ParkingLot()
         services: Any = type("Services", (), {"parking": self.parking})
         self.vtpm = Vtpm(uuid.uuid4(), uuid.uuid4(), services)
-        self.vtpm.interface = InterfaceOffer(directory / "vm.sock", frozenset([os.geteuid()]))
+        self.vtpm.interface = DirectPath(directory / "vm.sock", frozenset([os.geteuid()]), "vTPM")
         self.vtpm.residency = Residency.PARKED
         self.parking.put(self.vtpm.vtpm_id, Parked(b"volatile", None))
 

@@ -22,9 +22,10 @@ from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Ledger
 from spvtpm.processor.nv_store import Change, NvStore
 from spvtpm.processor.owner_commands import Estate, OwnerCommands
+from spvtpm.processor.ownership import Ownership
 from spvtpm.processor.parking import ParkingLot
 from spvtpm.processor.rollback_guard import RollbackGuard
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.security_manager import SecurityManager
 from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.processor.users import Users

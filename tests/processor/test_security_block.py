@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.pretty import pprint
 
 from spvtpm.processor.arrival import Arrival
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.ownership import Ownership
+from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.wire.errors import AlreadyExists, IntegrityError, SpvtpmError, WrongState
 from spvtpm.wire.instance_content import Policy
 from spvtpm.wire.mailbox import derive_boot_key
@@ -320,6 +321,7 @@ blocks = st.builds(
     vtpm_id=st.none() | st.uuids(),
     version=counts,
     events=st.lists(events, max_size=MAX_EVENTS).map(tuple),
+    emulated=st.booleans(),
 )
 
 
@@ -328,10 +330,10 @@ blocks = st.builds(
 def test_what_was_stored_comes_back_whole_and_at_rest(block: VmSecurityBlock) -> None:
     loaded = VmSecurityBlock.from_record(block.vm_id, block.to_record())
     at_rest = block.state if block.state in (HIBERNATED, ARRIVING) else STOPPED
-    assert loaded == msgspec.structs.replace(block, state=at_rest, boot_id=None)
+    assert loaded == msgspec.structs.replace(block, state=at_rest, boot_id=None, emulated=False)
     assert {*msgspec.structs.asdict(loaded)} == {
         *("vm_id", "ownership", "state", "boot_id", "boots", "vtpm_id", "version", "events", "vm_uid"),
-        *("moves_key", "arrival"),
+        *("moves_key", "arrival", "emulated"),
     }, "a new field needs a decision whether it outlives the process"
 
 

@@ -106,6 +106,7 @@ def test_from_the_first_keyring_to_the_last_file(owner: Owner) -> None:
     owner.boot(0, messages.LaunchVm)
     (listed,) = json.loads(owner.done("list", "--json", at=0).stdout)
     assert (listed["vm_id"], listed["policy"]["migration_allowed"]) == (owner.vm, False)
+    assert listed["policy"]["direct_path_only"], "unless he allows the TPM emulator interface"
     assert "provisioned" in owner.done("events", owner.vm, at=0).stdout
 
     owner.done("endorsement", owner.vm, "--output", "ek", at=0)
@@ -135,10 +136,11 @@ def test_from_the_first_keyring_to_the_last_file(owner: Owner) -> None:
 
 def test_what_is_remembered_and_told_as_json(owner: Owner) -> None:
     owner.begin()
-    owner.done("provision", owner.vm, "--vm-key", owner.key, "--chip", owner_chip(owner), "--json", at=0)
+    owner.done("provision", owner.vm, "--vm-key", owner.key, "--chip", owner_chip(owner), "--emulator", "--json", at=0)
     owner.boot(0, messages.LaunchVm)
     (vm,) = json.loads(owner.done("list", "--json", at=0).stdout)
     assert vm["policy"]["chips"] == [owner_chip(owner)]
+    assert vm["policy"]["direct_path_only"] is False
     (known,) = json.loads(owner.done("status", "--json").stdout)
     assert known["place"] == f"at the chip {owner_chip(owner)}"
     result = owner.run("terminal", "export", owner.vm, "out", *owner.at(1), "--json")

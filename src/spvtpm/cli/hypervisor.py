@@ -16,6 +16,9 @@ from spvtpm.wire.errors import ResourceError
 hypervisor_app = App(name="hypervisor", help="What a hypervisor asks of its host's secure processor.")
 
 Vm = Annotated[uuid.UUID, Parameter(help="The VM's id, a UUID.")]
+Emulator = Annotated[
+    bool, Parameter(negative="", help="By the TPM emulator interface, for QEMU, if the VM's owner allows it.")
+]
 WithoutVtpm = Annotated[bool, Parameter(negative="", help="Make none; `create-vtpm` can later.")]
 
 
@@ -46,12 +49,14 @@ def admit(vm: Vm, /, *, sp: Sp) -> None:
 
 
 @hypervisor_app.command
-def launch(vm: Vm, /, *, sp: Sp, without_vtpm: WithoutVtpm = False, json: Json = False) -> None:
+def launch(
+    vm: Vm, /, *, sp: Sp, without_vtpm: WithoutVtpm = False, emulator: Emulator = False, json: Json = False
+) -> None:
     """Begin the first boot of a VM that its owner has provisioned, with its vTPM.
 
     Example: spvtpm hypervisor launch 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
     """
-    _command(sp, messages.LaunchVm(vm_id=vm, with_vtpm=not without_vtpm), json)
+    _command(sp, messages.LaunchVm(vm_id=vm, with_vtpm=not without_vtpm, emulated=emulator), json)
 
 
 @hypervisor_app.command
@@ -64,12 +69,12 @@ def create_vtpm(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
 
 
 @hypervisor_app.command
-def start(vm: Vm, /, *, sp: Sp, json: Json = False) -> None:
+def start(vm: Vm, /, *, sp: Sp, emulator: Emulator = False, json: Json = False) -> None:
     """Begin a new boot of a stopped VM; a hibernated one goes on where it was.
 
     Example: spvtpm hypervisor start 6f1c52ce-34d5-4b6c-8d8f-6c0f3f0e9a11 --sp run/sp.sock
     """
-    _command(sp, messages.StartVm(vm_id=vm), json)
+    _command(sp, messages.StartVm(vm_id=vm, emulated=emulator), json)
 
 
 @hypervisor_app.command

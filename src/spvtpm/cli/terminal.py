@@ -116,7 +116,7 @@ def provision(
     import_: Annotated[Path | None, Parameter(name="--import")] = None,
     label: str = "",
     no_migration: Annotated[bool, Parameter(negative="")] = False,
-    direct_path_only: Annotated[bool, Parameter(negative="")] = False,
+    emulator: Annotated[bool, Parameter(negative="")] = False,
     pcr_bank: Annotated[list[str] | None, Parameter(negative="")] = None,
     own: Own = _NO_KEYRING,
     json: Json = False,
@@ -137,8 +137,9 @@ def provision(
         Your words for the vTPM, up to 256 characters.
     no_migration
         Policy: it is never handed to another secure processor while it runs.
-    direct_path_only
-        Policy: it is reached through encrypted memory alone.
+    emulator
+        Policy: QEMU may attach it as a TPM emulator; the host sees all commands then. Otherwise it is reached through encrypted
+        memory alone.
     pcr_bank
         Policy: a PCR bank that it has, such as sha256; may be repeated.
     """
@@ -146,25 +147,25 @@ def provision(
 
     key, desk = read_vm_key(vm_key), towards.desk(own, json)
     if import_ is not None:
-        if label or no_migration or direct_path_only or pcr_bank:
+        if label or no_migration or emulator or pcr_bank:
             raise UsageError("a vTPM out of a file keeps its policy and its label: leave them out with --import")
         from spvtpm.terminal.imports import import_vtpm
 
         with progress_bar("import") as progress:
             made = import_vtpm(desk, vm, key, import_, progress)
     else:
-        made = desk.provision(vm, key, _policy(towards, not no_migration, direct_path_only, pcr_bank or []), label)
+        made = desk.provision(vm, key, _policy(towards, not no_migration, emulator, pcr_bank or []), label)
     print_vms([made], json)
 
 
-def _policy(towards: Towards, migration: bool, direct_path_only: bool, pcr_banks: list[str]) -> Policy:
+def _policy(towards: Towards, migration: bool, emulator: bool, pcr_banks: list[str]) -> Policy:
     try:
         return msgspec.convert(
             {
                 "migration_allowed": migration,
                 "chips": towards.chips(),
                 "minimum_firmware": towards.minimum_firmware,
-                "direct_path_only": direct_path_only,
+                "direct_path_only": not emulator,
                 "pcr_banks": frozenset(pcr_banks),
             },
             Policy,

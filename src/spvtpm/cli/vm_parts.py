@@ -38,7 +38,7 @@ class NewVm:
     Attributes:
         label: the owner's words.
         no_migration: never handed to another SP while it runs.
-        direct_path_only: reached through encrypted memory alone.
+        emulator: it may be reached by the TPM emulator interface, too.
         pcr_bank: names of its PCR banks.
     """
 
@@ -46,8 +46,9 @@ class NewVm:
     no_migration: Annotated[
         bool, Parameter(negative="", help="Policy: it is never handed to another secure processor while it runs.")
     ] = False
-    direct_path_only: Annotated[
-        bool, Parameter(negative="", help="Policy: it is reached through encrypted memory alone.")
+    emulator: Annotated[
+        bool,
+        Parameter(negative="", help="Policy: QEMU may attach it as a TPM emulator; the host sees all commands then."),
     ] = False
     pcr_bank: Annotated[
         list[str] | None,
@@ -84,7 +85,7 @@ class Wishes:
             "migration_allowed": not new.no_migration,
             "chips": [identity(chip, "chip") for chip in self.chip] if self.chip else None,
             "minimum_firmware": self.minimum_firmware,
-            "direct_path_only": new.direct_path_only,
+            "direct_path_only": not new.emulator,
             "pcr_banks": new.pcr_bank or [],
         }
         try:

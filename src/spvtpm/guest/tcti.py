@@ -145,12 +145,13 @@ def listen_unix(path: Path) -> tuple[socket.socket, socket.socket]:
         OSError: they cannot be had.
     """
     with ExitStack() as undo:
-        data, control = (undo.enter_context(_listen_at(address)) for address in unix_paths(path))
+        data, control = (undo.enter_context(listen_at(address)) for address in unix_paths(path))
         undo.pop_all()
         return data, control
 
 
-def _listen_at(path: Path) -> socket.socket:
+def listen_at(path: Path) -> socket.socket:
+    """One socket there, as `listen_unix` has two."""
     _remove_stale_socket(path)
     with ExitStack() as undo:
         listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))

@@ -6,7 +6,7 @@ State directory, mode 0700 (0711 if other users are allowed to connect):
     sp.toml        configuration
     nv.db          sealed NV records
     run/           sockets: `sp.sock` for the hypervisor, `channel.sock` for owners' channels, `migration.sock` for other chips,
-                   `<vm id>.sock` for each VM
+                   `<vm id>.sock` or `<vm id>.emulator.sock` for each VM
     lock           held while a daemon runs
 """
 
@@ -38,6 +38,7 @@ from spvtpm.processor.fuses import Fuses
 from spvtpm.processor.fuses.keepers import IN_DIRECTORY, Keeper, burn_fuses, load_fuses, read_chip_file
 from spvtpm.processor.group_commit import GroupCommit
 from spvtpm.processor.hypervisor_port import HypervisorPort
+from spvtpm.processor.interfaces.emulator import SUFFIX
 from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Ledger
 from spvtpm.processor.migration.departures import Departures
@@ -63,7 +64,7 @@ from spvtpm.wire.errors import AlreadyInitialised, FusesError, NoSecureProcessor
 
 log = logging.getLogger(__name__)
 
-_LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}.sock"
+_LONGEST_SOCKET = f"/run/{uuid.UUID(int=0)}{SUFFIX}"
 
 
 def initialise(state: Path, chip_file: Path, keeper: Keeper = IN_DIRECTORY) -> Fuses:
@@ -205,11 +206,11 @@ class SecureProcessor:
                 self._admission.admit(request.vm_id)
                 return messages.Admitted()
             case messages.LaunchVm():
-                return await security.launch(request.vm_id, with_vtpm=request.with_vtpm, vm_uid=request.vm_uid)
+                return await security.launch(request)
             case messages.CreateVtpm():
                 return await security.create_vtpm(request.vm_id)
             case messages.StartVm():
-                return await security.start(request.vm_id, request.vm_uid)
+                return await security.start(request)
             case messages.ResetVm():
                 return await security.reset(request.vm_id)
             case messages.StopVm():

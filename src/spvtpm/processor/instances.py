@@ -19,7 +19,8 @@ from spvtpm.processor.channel_order import Turn
 from spvtpm.processor.endorser import read_endorsement
 from spvtpm.processor.ledger import Entry
 from spvtpm.processor.owner_commands import Estate
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock, VmState
+from spvtpm.processor.ownership import Ownership
+from spvtpm.processor.security_block import VmSecurityBlock, VmState
 from spvtpm.processor.vm_table import block_change
 from spvtpm.processor.vtpm_records import endorsement_name, hibernated_name, record_name
 from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile

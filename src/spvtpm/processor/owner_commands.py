@@ -15,9 +15,10 @@ from spvtpm.processor.channel_order import Turn
 from spvtpm.processor.launch_secrets import LaunchSecrets
 from spvtpm.processor.ledger import Entry, Ledger
 from spvtpm.processor.nv_store import Change, NvStore
+from spvtpm.processor.ownership import Ownership
 from spvtpm.processor.pcr_banks import check_pcr_banks
 from spvtpm.processor.rollback_guard import RollbackGuard
-from spvtpm.processor.security_block import Ownership, VmSecurityBlock
+from spvtpm.processor.security_block import VmSecurityBlock
 from spvtpm.processor.sp_secret import SpSecret
 from spvtpm.processor.vm_table import VmTable, block_change, block_removal
 from spvtpm.processor.vtpm_manager import VtpmManager

@@ -28,13 +28,18 @@ import msgspec
 from msgspec import Meta
 
 from spvtpm.processor.arrival import Arrival
+from spvtpm.processor.ownership import Ownership
 from spvtpm.wire.decoding import UNDECODABLE
-from spvtpm.wire.errors import AlreadyExists, IntegrityError, MessageError, MigrationForbidden, WrongState
-from spvtpm.wire.instance_content import Label, Policy
-from spvtpm.wire.instance_file import SECRET_BYTES
+from spvtpm.wire.errors import (
+    AlreadyExists,
+    DirectPathOnly,
+    IntegrityError,
+    MessageError,
+    MigrationForbidden,
+    WrongState,
+)
 from spvtpm.wire.launch_secret import ComingMemory, LaunchSecret
-from spvtpm.wire.mailbox import KEY_BYTES, derive_boot_key
-from spvtpm.wire.owner_certificates import FINGERPRINT_BYTES
+from spvtpm.wire.mailbox import derive_boot_key
 from spvtpm.wire.owner_messages import MAX_EVENTS, Event
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -56,32 +61,6 @@ class VmState(Enum):
     HIBERNATED = "hibernated"
     LEAVING = "leaving"
     ARRIVING = "arriving"
-
-
-class Ownership(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the owner brought through the confidential channel. Its `repr` shows no secret.
-
-    Attributes:
-        owner: fingerprint of the owner's key, 32 bytes, public.
-        user_secret: 32 bytes.
-        vm_key: 32 bytes, shared with the VM.
-        policy: what the owner allows.
-        label: the owner's words for the vTPM.
-        inject_key: whether the VM is handed its key at each boot.
-    """
-
-    owner: Annotated[bytes, Meta(min_length=FINGERPRINT_BYTES, max_length=FINGERPRINT_BYTES)]
-    user_secret: Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
-    vm_key: Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-    policy: Policy
-    label: Label
-    inject_key: bool
-
-    def __repr__(self) -> str:
-        return f"Ownership(owner={self.owner.hex()})"
-
-    def __rich_repr__(self) -> list[tuple[str, object]]:
-        return [("owner", self.owner.hex())]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,6 +97,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         version: of the vTPM's last export or import; 0 if there was none.
         events: the newest ones, oldest first.
         vm_uid: user id of the VM's process in this boot; None: any that may command.
+        emulated: whether this boot reaches its vTPM by the TPM emulator interface; otherwise by the direct path.
         moves_key: from which the tokens of its handoffs to other chips are derived; new in each chip that it comes to. Secret.
         arrival: how it came here, if it came from another chip.
     """
@@ -131,6 +111,7 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     version: int = 0
     events: tuple[Event, ...] = ()
     vm_uid: int | None = None
+    emulated: bool = False
     moves_key: bytes = msgspec.field(default_factory=new_moves_key)
     arrival: Arrival | None = None
 
@@ -154,33 +135,50 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         block = cls(vm_id, ownership, state, vtpm_id=vtpm_id, version=version)
         return block.noting("provisioned").noting("imported", f"version {version}")
 
-    def launch(self, vm_uid: int | None = None) -> Self:
+    def launch(self, vm_uid: int | None = None, *, emulated: bool = False) -> Self:
         """The first boot.
 
         Raises:
             AlreadyExists: it has been launched before.
+            DirectPathOnly: its owner does not allow the TPM emulator interface.
+            WrongState: it goes on where it was hibernated, which it cannot by the TPM emulator interface.
         """
         if self.boots:
             raise AlreadyExists(f"launch: VM {self.vm_id} has been launched before; start it")
-        return self._boot("launched", vm_uid)
+        return self._boot("launched", vm_uid, emulated=emulated)
 
-    def start(self, vm_uid: int | None = None) -> Self:
+    def start(self, vm_uid: int | None = None, *, emulated: bool = False) -> Self:
         """Another boot: new boot id, so every frame of an earlier boot is dead.
 
         Raises:
-            WrongState: it is neither stopped nor hibernated, or was never launched.
+            WrongState: it is neither stopped nor hibernated, or was never launched; or as `launch`.
+            DirectPathOnly: its owner does not allow the TPM emulator interface.
         """
         self._require("start", VmState.STOPPED, VmState.HIBERNATED)
         if not self.boots:
             raise WrongState(f"start: VM {self.vm_id} has never been launched")
-        return self._boot("started", vm_uid)
+        return self._boot("started", vm_uid, emulated=emulated)
 
-    def _boot(self, word: str, vm_uid: int | None) -> Self:
+    def _boot(self, word: str, vm_uid: int | None, *, emulated: bool = False) -> Self:
+        if emulated:
+            self._check_emulated()
         word = "resumed" if self.state is VmState.HIBERNATED else word
         boots = self.boots + 1
-        boot_id = os.urandom(_BOOT_ID_BYTES)
-        block = msgspec.structs.replace(self, state=VmState.RUNNING, boot_id=boot_id, boots=boots, vm_uid=vm_uid)
-        return block.noting(word, f"boot {boots}")
+        boot = {"state": VmState.RUNNING, "boot_id": os.urandom(_BOOT_ID_BYTES), "boots": boots}
+        block = msgspec.structs.replace(self, **boot, vm_uid=vm_uid, emulated=emulated)
+        return block.noting(word, f"boot {boots}, by the TPM emulator interface" if emulated else f"boot {boots}")
+
+    def _check_emulated(self) -> None:
+        if self.ownership.policy.direct_path_only:
+            raise DirectPathOnly(f"the owner of VM {self.vm_id} does not allow the TPM emulator interface")
+        if self.state is VmState.HIBERNATED:
+            raise WrongState(f"VM {self.vm_id} goes on where it was hibernated: that takes the direct path")
+
+    def _require_direct_path(self, command: str) -> None:
+        if self.emulated:
+            raise WrongState(
+                f"{command}: VM {self.vm_id} is on the TPM emulator interface, whose state stays where it is"
+            )
 
     def stop(self) -> Self:
         """The VM is powered off.
@@ -195,18 +193,19 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         """The VM is suspended for a later start that goes on where it was.
 
         Raises:
-            WrongState: it is not running, or has no vTPM.
+            WrongState: it is not running, has no vTPM, or is on the TPM emulator interface.
         """
         self._require("hibernate", VmState.RUNNING)
         if self.vtpm_id is None:
             raise WrongState(f"hibernate: VM {self.vm_id} has no vTPM")
+        self._require_direct_path("hibernate")
         return msgspec.structs.replace(self, state=VmState.HIBERNATED, boot_id=None).noting("hibernated")
 
     def leave(self) -> Self:
         """Its vTPM is still, and moves to another chip.
 
         Raises:
-            WrongState: it is not running, or has no vTPM.
+            WrongState: it is not running, has no vTPM, or is on the TPM emulator interface.
             MigrationForbidden: its owner does not want it.
         """
         self.check_movable()
@@ -216,12 +215,13 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         """Whether it may leave now.
 
         Raises:
-            WrongState: it is not running, or has no vTPM.
+            WrongState: it is not running, has no vTPM, or is on the TPM emulator interface.
             MigrationForbidden: its owner does not want it.
         """
         self._require("migration", VmState.RUNNING)
         if self.vtpm_id is None:
             raise WrongState(f"migration: VM {self.vm_id} has no vTPM")
+        self._require_direct_path("migration")
         if not self.ownership.policy.migration_allowed:
             raise MigrationForbidden(f"the owner of VM {self.vm_id} does not allow its migration")
 
@@ -376,5 +376,6 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
             raise IntegrityError(f"the security block of VM {vm_id} is damaged") from None
         if stored.vm_id != vm_id:
             raise IntegrityError(f"the security block of VM {vm_id} is that of VM {stored.vm_id}")
-        rest = (stored.boots, stored.vtpm_id, stored.version, stored.events, None, stored.moves_key, stored.arrival)
-        return cls(vm_id, stored.ownership, VmState(stored.state), None, *rest)
+        rest = (stored.boots, stored.vtpm_id, stored.version, stored.events)
+        block = cls(vm_id, stored.ownership, VmState(stored.state), None, *rest, moves_key=stored.moves_key)
+        return msgspec.structs.replace(block, arrival=stored.arrival)

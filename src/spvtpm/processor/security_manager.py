@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
@@ -24,10 +26,13 @@ from spvtpm.processor.vm_table import VmTable, block_change
 from spvtpm.processor.vtpm_manager import Binding, VtpmManager
 from spvtpm.processor.vtpm_records import RECORD_PREFIXES, hibernated_name, record_names
 from spvtpm.processor.vtpm_services import Commit
-from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
-from spvtpm.wire.messages import PAGE_VMS, Endorsement, VmInfo, VmList, VtpmInfo
+from spvtpm.wire.errors import DirectPathOnly, SpvtpmError, StorageError, WrongState
+from spvtpm.wire.messages import PAGE_VMS, Endorsement, LaunchVm, StartVm, VmInfo, VmList, VtpmInfo
 
 log = logging.getLogger(__name__)
+
+EMULATOR_REFUSED = "emulator-refused"
+"""The event."""
 
 
 class SecurityManager:
@@ -79,30 +84,32 @@ class SecurityManager:
             log.warning("removing %d vTPM records that belong to no VM", len(orphans))
             await self._commit([(name, None) for name in orphans])
 
-    async def launch(self, vm_id: uuid.UUID, *, with_vtpm: bool, vm_uid: int | None) -> VmInfo:
+    async def launch(self, request: LaunchVm) -> VmInfo:
         """Begins a provisioned VM's first boot; a vTPM that its owner wants new is made, and becomes durable with the block.
 
         Raises:
             NotFound: its owner has not provisioned it.
             AlreadyExists: it has been launched before.
-            WrongState: it has a vTPM already, and cannot be without.
+            WrongState: it has a vTPM already, and cannot be without, or not by the TPM emulator interface.
             PermissionRefused: `vm_uid` is no user of VMs.
-            ChipNotAllowed, FirmwareTooOld: its owner's policy does not allow what is here.
+            ChipNotAllowed, FirmwareTooOld, DirectPathOnly: its owner's policy does not allow this.
             ResourceError: it is as it was.
         """
+        vm_id = request.vm_id
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
-            self._users.check(vm_uid)
-            launched = block.launch(vm_uid)
+            self._users.check(request.vm_uid)
+            async with self._telling_the_owner(vm_id):
+                launched = block.launch(request.vm_uid, emulated=request.emulated)
             self._here.check(block.ownership.policy)
             if block.vtpm_id is not None:
-                if not with_vtpm:
+                if not request.with_vtpm:
                     raise WrongState(f"launch: the vTPM of VM {vm_id} was imported: launch it with its vTPM")
                 await self._start(block, launched)
                 return self.info(vm_id)
             self._table.put(launched)
             try:
-                if with_vtpm:
+                if request.with_vtpm:
                     await self._create_vtpm(launched, before=block)
                 else:
                     await self._commit([block_change(launched)])
@@ -141,21 +148,38 @@ class SecurityManager:
         vtpm = await self._vtpms.create(block.vm_id, self._users.boot_of(block), bind, banks)
         self._table.put(block.bind(vtpm.vtpm_id))
 
-    async def start(self, vm_id: uuid.UUID, vm_uid: int | None) -> VmInfo:
+    async def start(self, request: StartVm) -> VmInfo:
         """A new boot of a stopped VM, or one that goes on where a hibernated VM was.
 
         Raises:
             NotFound, WrongState: the block does not allow it.
             PermissionRefused: `vm_uid` is no user of VMs.
-            ChipNotAllowed, FirmwareTooOld: its owner's policy does not allow what is here.
+            ChipNotAllowed, FirmwareTooOld, DirectPathOnly: its owner's policy does not allow this.
             IntegrityError: its vTPM's stored state cannot be believed; the VM is as it was.
             ResourceError: it is as it was.
         """
+        vm_id = request.vm_id
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
-            self._users.check(vm_uid)
-            await self._start(block, block.start(vm_uid))
+            self._users.check(request.vm_uid)
+            async with self._telling_the_owner(vm_id):
+                started = block.start(request.vm_uid, emulated=request.emulated)
+            await self._start(block, started)
             return self.info(vm_id)
+
+    @asynccontextmanager
+    async def _telling_the_owner(self, vm_id: uuid.UUID) -> AsyncIterator[None]:
+        """That the host wanted the TPM emulator interface against his will; once, or attempts would wash other events away."""
+        try:
+            yield
+        except DirectPathOnly as error:
+            log.warning("VM %s: %s", vm_id, error)
+            block = self._table.get(vm_id)
+            if not any(event.what == EMULATOR_REFUSED for event in block.events):
+                noted = block.noting(EMULATOR_REFUSED, "the host wanted to start it there")
+                await self._commit([block_change(noted)])
+                self._table.put(noted)
+            raise
 
     async def _start(self, block: VmSecurityBlock, started: VmSecurityBlock) -> None:
         await self._boot(block, started)
@@ -230,7 +254,7 @@ class SecurityManager:
         """
         async with self._table.lock(vm_id):
             stopped = await self._stop(self._table.get(vm_id))
-            await self._start(stopped, stopped.start(stopped.vm_uid))
+            await self._start(stopped, stopped.start(stopped.vm_uid, emulated=stopped.emulated))
             return self.info(vm_id)
 
     async def hibernate(self, vm_id: uuid.UUID) -> VmInfo:

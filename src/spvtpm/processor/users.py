@@ -37,7 +37,7 @@ class Users:
     def boot_of(self, block: VmSecurityBlock) -> Boot:
         """The boot under way, for the VM's vTPM."""
         assert block.boot_id is not None  # noqa: S101  # a running block has one
-        return Boot(block.boot_id, block.boot_key(), self.of(block))
+        return Boot(block.boot_id, block.boot_key(), self.of(block), block.emulated)
 
     @property
     def others_come(self) -> bool:

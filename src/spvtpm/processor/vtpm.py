@@ -6,6 +6,8 @@
 
     ACTIVE, PARKED ──halt──▶ HALTED ──go_on──▶ PARKED, ──leave──▶ OFF
 
+On the TPM emulator interface a boot begins OFF, and the VM's side goes OFF ──switch_on──▶ ACTIVE, ──switch_off──▶ OFF within it.
+
 A failed vTPM stays failed until its VM boots anew: waking it inside the same boot would reset PCRs under a running guest.
 """
 
@@ -14,18 +16,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 
-from spvtpm.processor.interfaces.offer import InterfaceOffer
-from spvtpm.processor.interfaces.outage import Outage, tell_outage
+from spvtpm.processor.interfaces.direct_path import DirectPath
+from spvtpm.processor.interfaces.emulator import SUFFIX, EmulatorInterface
+from spvtpm.processor.interfaces.interface import Interface
 from spvtpm.processor.nv_store import Change
 from spvtpm.processor.pcr_banks import check_pcr_banks
 from spvtpm.processor.residency import Residency
+from spvtpm.processor.resident import Resident
 from spvtpm.processor.vtpm_records import endorsement_name, record_name
 from spvtpm.processor.vtpm_services import Boot, VtpmServices
 from spvtpm.processor.worker.messages import (
-    DirectPort,
-    FromWorker,
     Off,
     Park,
     Parked,
@@ -33,9 +36,8 @@ from spvtpm.processor.worker.messages import (
     Start,
     StillBusy,
 )
-from spvtpm.processor.worker_pool import Blank, Worker
-from spvtpm.processor.worker_session import WorkerSession, misbehaviour
-from spvtpm.wire.crb import AttachError
+from spvtpm.processor.worker_pool import Blank
+from spvtpm.processor.worker_session import misbehaviour
 from spvtpm.wire.errors import SpvtpmError, WorkerError, WrongState
 from spvtpm.wire.vtpm_endorsement import encode_endorsement
 
@@ -45,7 +47,7 @@ _WAKE_PAUSE_S = 0.5
 """After a wake that failed for want of a worker, before the doorbell is looked at again."""
 
 
-class Vtpm:
+class Vtpm(Resident):
     """One vTPM, bound to one VM. Public methods exclude each other and end in a stable residency.
 
     Args:
@@ -55,16 +57,8 @@ class Vtpm:
     """
 
     def __init__(self, vtpm_id: uuid.UUID, vm_id: uuid.UUID, services: VtpmServices) -> None:
-        self.vtpm_id = vtpm_id
-        self.vm_id = vm_id
-        self.residency = Residency.OFF
-        self.failure = ""
-        self.interface: InterfaceOffer | None = None
-        self._services = services
-        self._lock = asyncio.Lock()
+        super().__init__(vtpm_id, vm_id, services)
         self._boot: Boot | None = None
-        self._session: WorkerSession | None = None
-        self._outage: Outage | None = None
 
     async def begin(
         self,
@@ -88,10 +82,13 @@ class Vtpm:
             ResourceError: no interface can be had.
         """
         check_pcr_banks(pcr_banks)
-        async with self._lock:
-            start = Start(self._port(boot), pcr_banks=sorted(pcr_banks))
-            endorsement = endorsement_name(self.vtpm_id), encode_endorsement(blank.birth.endorsement)
-            await self._begin_boot(boot, start, [endorsement, *with_changes], blank.worker)
+        endorsement = endorsement_name(self.vtpm_id), encode_endorsement(blank.birth.endorsement)
+        async with self._lock, self._beginning(boot) as (interface, listen):
+            start = Start(interface.port(self.vm_id.bytes, boot, None), pcr_banks=sorted(pcr_banks))
+            await self._run_worker(blank.worker, start, [endorsement, *with_changes], listen)
+            if interface.switched_by_vm:
+                await self._shut_down()
+                self._require(Residency.OFF, "begin")
 
     async def power_on(
         self, boot: Boot, volatile: bytes | None = None, *, permanent: bytes | None = None, offered: bool = True
@@ -109,10 +106,14 @@ class Vtpm:
             WorkerError: the worker died.
             ResourceError: no interface can be had.
         """
-        async with self._lock:
+        async with self._lock, self._beginning(boot) as (interface, listen):
             permanent = permanent or self._services.store.read(record_name(self.vtpm_id))
-            start = Start(self._port(boot), permanent, volatile, reseed=volatile is not None)
-            await self._begin_boot(boot, start, [], offered=offered)
+            if not interface.switched_by_vm:
+                port = interface.port(self.vm_id.bytes, boot, None)
+                start = Start(port, permanent, volatile, reseed=volatile is not None)
+                await self._run_worker(await self._services.pool.take(), start, [], listen if offered else None)
+            elif listen is not None:
+                listen()
 
     async def offer(self) -> None:
         """Lets its VM reach it, if `power_on` has not; who waits long for that is parked meanwhile.
@@ -127,34 +128,52 @@ class Vtpm:
             assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
             self.interface.listen()
 
-    def _port(self, boot: Boot) -> DirectPort:
-        return DirectPort(self.vm_id.bytes, boot.boot_id, boot.key)
-
-    async def _begin_boot(
-        self,
-        boot: Boot,
-        start: Start,
-        with_changes: Sequence[Change],
-        worker: Worker | None = None,
-        *,
-        offered: bool = True,
-    ) -> None:
+    @asynccontextmanager
+    async def _beginning(self, boot: Boot) -> AsyncIterator[tuple[Interface, Callable[[], None] | None]]:
+        """The boot's interface and, if that is new, what offers it; it is given back then if the body fails."""
         if self.residency is not Residency.OFF:
             raise WrongState(f"vTPM {self.vtpm_id} is {self.residency.value}, not off")
-        fresh = self.interface is None
-        if self.interface is None:
-            path = self._services.runtime / f"{self.vm_id}.sock"
-            self.interface = InterfaceOffer(path, boot.uids)
-        else:
-            self._unwatch()
+        is_new = self.interface is None
+        interface = self.interface = self.interface or self._new_interface(boot)
         self._boot = boot
         try:
-            worker = worker or await self._services.pool.take()
-            await self._run_worker(worker, start, with_changes, self.interface.listen if fresh and offered else None)
+            yield interface, interface.listen if is_new else None
         except SpvtpmError:
-            if fresh:
+            if is_new:
                 self._release_interface()
             raise
+
+    def _new_interface(self, boot: Boot) -> Interface:
+        runtime = self._services.runtime
+        if boot.emulated:
+            return EmulatorInterface(runtime / f"{self.vm_id}{SUFFIX}", boot.uids, self)
+        return DirectPath(runtime / f"{self.vm_id}.sock", boot.uids, self._name)
+
+    async def switch_on(self) -> None:
+        """Powers the TPM on within a boot, as after a reset; for the TPM emulator interface.
+
+        Raises:
+            WrongState: it is not off.
+            IntegrityError: its durable state is missing or altered.
+            WorkerError: the worker died.
+        """
+        async with self._lock:
+            self._require(Residency.OFF, "switch on")
+            if self.interface is None or self._boot is None:
+                raise WrongState(f"switch on: the boot of vTPM {self.vtpm_id} is over")
+            permanent = self._services.store.read(record_name(self.vtpm_id))
+            start = Start(self.interface.port(self.vm_id.bytes, self._boot, None), permanent)
+            await self._run_worker(await self._services.pool.take(), start, [])
+
+    async def switch_off(self) -> None:
+        """Shuts the TPM down within a boot, in order if it still can.
+
+        Raises:
+            WrongState: it has failed: only a new boot leads on.
+        """
+        async with self._lock:
+            await self._end_in_order()
+            self._require(Residency.OFF, "switch off")
 
     async def park(self, *, only_if_idle: bool = False) -> bool:
         """Takes the state out of the worker and ends it.
@@ -173,7 +192,7 @@ class Vtpm:
             self._require(Residency.ACTIVE, "park")
             if not await self._park(only_if_idle=only_if_idle):
                 return False
-            self._watch(self._wake_on_ring)
+            self._watch()
             return True
 
     async def _park(self, *, only_if_idle: bool) -> bool:
@@ -196,8 +215,8 @@ class Vtpm:
             WorkerError: the worker died.
         """
         async with self._lock:
-            if self.residency is Residency.PARKED:
-                self._unwatch()
+            if self.residency is Residency.PARKED and self.interface is not None:
+                self.interface.leave_to_worker()
             else:
                 self._require(Residency.ACTIVE, "halt")
                 if not await self._park(only_if_idle=False):
@@ -216,7 +235,7 @@ class Vtpm:
         async with self._lock:
             self._require(Residency.HALTED, "go on")
             self.residency = Residency.PARKED
-            self._watch(self._wake_on_ring)
+            self._watch()
 
     async def leave(self) -> None:
         """Ends the boot that was halted: its state is elsewhere.
@@ -244,8 +263,8 @@ class Vtpm:
             await self._wake()
 
     async def _wake(self) -> None:
-        assert self._boot is not None  # noqa: S101  # only a boot can be parked
-        self._unwatch()
+        assert self._boot is not None and self.interface is not None  # noqa: S101  # only a boot can be parked
+        self.interface.leave_to_worker()
         try:
             worker = await self._services.pool.take()
         except WorkerError:  # it stays parked
@@ -254,8 +273,9 @@ class Vtpm:
         try:
             permanent = self._services.store.read(record_name(self.vtpm_id))
             parked = self._services.parking.take(self.vtpm_id)
-            port = DirectPort(self.vm_id.bytes, self._boot.boot_id, self._boot.key, parked.snapshot)
-            await self._run_worker(worker, Start(port, permanent, parked.volatile), [])
+            port = self.interface.port(self.vm_id.bytes, self._boot, parked.snapshot)
+            start = Start(port, permanent, parked.volatile, has_shut_down=parked.has_shut_down)
+            await self._run_worker(worker, start, [])
         except SpvtpmError as error:
             worker.kill()
             worker.close()
@@ -269,17 +289,23 @@ class Vtpm:
         The interface stays for the next boot: a VM that is reset keeps it.
         """
         async with self._lock:
-            if self.residency is Residency.PARKED:
-                try:
-                    await self._wake()
-                except SpvtpmError as error:
-                    log.warning("vTPM %s: cannot be woken for an orderly shutdown: %s", self.vtpm_id, error)
-            if self.residency is Residency.ACTIVE:
-                await self._shut_down()
+            await self._end_in_order()
             self._services.parking.drop(self.vtpm_id)
             self.residency = Residency.OFF
             self.failure = ""
             self._boot = None
+
+    async def _end_in_order(self) -> None:
+        if self.residency is Residency.PARKED:
+            try:
+                await self._wake()
+            except SpvtpmError as error:
+                log.warning("vTPM %s: cannot be woken for an orderly shutdown: %s", self.vtpm_id, error)
+        if self.residency is Residency.ACTIVE:
+            await self._shut_down()
+        if self.residency is Residency.PARKED:  # it could not be woken: a power cut
+            await self._dismiss(Residency.OFF)
+            self._services.parking.drop(self.vtpm_id)
 
     async def _shut_down(self) -> None:
         try:
@@ -309,81 +335,13 @@ class Vtpm:
             self._services.parking.drop(self.vtpm_id)
             self._release_interface()
 
-    def _release_interface(self) -> None:
-        if self.interface is not None:
-            self._unwatch()
-            tell_outage(self.interface, AttachError.POWERED_OFF)
-            self.interface.close()
-            self.interface = None
+    # The interface while no worker serves it
 
-    def _require(self, residency: Residency, command: str) -> None:
-        if self.residency is not residency:
-            raise WrongState(f"{command}: vTPM {self.vtpm_id} is {self.residency.value}, not {residency.value}")
-
-    # The worker
-
-    async def _run_worker(
-        self, worker: Worker, start: Start, changes: Sequence[Change], meanwhile: Callable[[], None] | None = None
-    ) -> None:
-        assert self.interface is not None  # noqa: S101  # allocated by _begin_boot
-        first_changes = list(changes)
-
-        async def commit(permanent: bytes) -> None:
-            changes = [(record_name(self.vtpm_id), permanent), *first_changes]
-            await self._services.commit(changes)
-            first_changes.clear()
-
-        async def notice_end(reason: str) -> None:
-            async with self._lock:
-                if self._session is session and self.residency is Residency.ACTIVE:
-                    await self._fail(reason)
-
-        session = self._session = WorkerSession(worker, f"vTPM {self.vtpm_id}", commit, notice_end)
-        try:
-            ready = await session.start(start, list(self.interface.offer), meanwhile)
-        except SpvtpmError:
-            await self._dismiss(Residency.OFF)
-            raise
-        self._services.pool.note_missing(ready.missing)
-        self.residency = Residency.ACTIVE
-
-    async def _order(self, order: Park | PowerOff) -> FromWorker:
-        assert self._session is not None  # noqa: S101  # an active vTPM has one
-        try:
-            return await self._session.order(order)
-        except WorkerError as error:
-            await self._fail(str(error))
-            raise
-
-    async def _dismiss(self, residency: Residency) -> None:
-        session, self._session = self._session, None
-        self.residency = residency
-        if session is not None:
-            await session.end()
-
-    async def _fail(self, reason: str) -> None:
-        log.error("vTPM %s of VM %s failed: %s", self.vtpm_id, self.vm_id, reason)
-        await self._dismiss(Residency.FAILED)
-        self.failure = reason
-        self._services.on_failure(self.vm_id, reason)
-        if self.interface is not None:
-            self._outage = Outage(self.interface, f"vTPM {self.vtpm_id}")
-
-    # The doorbell while no worker listens to it
-
-    def _watch(self, callback: Callable[[], None]) -> None:
+    def _watch(self) -> None:
         assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
-        asyncio.get_running_loop().add_reader(self.interface.offer.sp_doorbell, callback)
+        self.interface.watch(self._wake_on_demand)
 
-    def _unwatch(self) -> None:
-        assert self.interface is not None  # noqa: S101  # kept as long as a boot lasts
-        asyncio.get_running_loop().remove_reader(self.interface.offer.sp_doorbell)
-        if self._outage is not None:
-            self._outage.end()
-            self._outage = None
-
-    def _wake_on_ring(self) -> None:
-        self._unwatch()  # the ring stays in the doorbell, for the worker to find
+    def _wake_on_demand(self) -> None:
         self._waking = asyncio.get_running_loop().create_task(self._wake_for_vm())
 
     async def _wake_for_vm(self) -> None:
@@ -396,4 +354,4 @@ class Vtpm:
 
     def _watch_parked(self) -> None:
         if self.residency is Residency.PARKED and self.interface is not None and not self._lock.locked():
-            self._watch(self._wake_on_ring)
+            self._watch()

@@ -23,11 +23,13 @@ class Boot:
         boot_id: 16 bytes.
         key: 32 bytes.
         uids: whose processes may take the interface.
+        emulated: whether that is the TPM emulator interface; otherwise it is the direct path.
     """
 
     boot_id: bytes
     key: bytes = field(repr=False)
     uids: frozenset[int]
+    emulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,9 +149,14 @@ class MigrationForbidden(PolicyError):
     """The owner does not allow the vTPM to move."""
 
     code = "migration-forbidden"
-    hint = (
-        "Only its owner can move it, by an export and an import: `spvtpm vm shutdown`, then `spvtpm vm start --host`."
-    )
+    hint = "Only its owner can move it, with an export and an import: `spvtpm vm shutdown`, `spvtpm vm start --host`."
+
+
+class DirectPathOnly(PolicyError):
+    """The VM's owner wants its vTPM reached through encrypted memory alone."""
+
+    code = "direct-path-only"
+    hint = "Begin the boot without the TPM emulator interface, or have the owner make the VM with `--emulator`."
 
 
 class WrongToken(PolicyError):
@@ -380,9 +385,7 @@ class WorkerError(ResourceError):
     """The process that runs a vTPM died, hung, or broke the protocol."""
 
     code = "worker"
-    hint = (
-        "A reset starts it again from its last durable state: `spvtpm hypervisor reset`, or `VTPM.reset()` in Python."
-    )
+    hint = "A reset starts it again from its last durable state: `spvtpm hypervisor reset`; in Python, `VTPM.reset()`."
 
 
 def _tree(base: type[SpvtpmError]) -> list[type[SpvtpmError]]:

@@ -55,11 +55,13 @@ class LaunchVm(_Request, frozen=True):
         vm_id: the VM.
         with_vtpm: whether it has its vTPM.
         vm_uid: user id of the VM's process: nobody else gets interface and launch secret of this boot. None: whoever may command.
+        emulated: whether the boot reaches its vTPM by the TPM emulator interface, in clear, instead of by the direct path.
     """
 
     vm_id: uuid.UUID
     with_vtpm: bool = True
     vm_uid: Uid | None = None
+    emulated: bool = False
 
 
 class CreateVtpm(_Request, frozen=True):
@@ -74,10 +76,12 @@ class StartVm(_Request, frozen=True):
     Attributes:
         vm_id: the VM.
         vm_uid: as of `LaunchVm`.
+        emulated: as of `LaunchVm`.
     """
 
     vm_id: uuid.UUID
     vm_uid: Uid | None = None
+    emulated: bool = False
 
 
 class ResetVm(_Request, frozen=True):

@@ -267,7 +267,7 @@ class Event(_Part, frozen=True):
         time_s: when; seconds since 1970, UTC, by the secure processor's clock, which the host sets.
         what: a word: `provisioned`, `launched`, `started`, `stopped`, `hibernated`, `resumed`, `failed`, `imported`,
             `export-begun`, `secret-rotated`, `launch-secret-taken`, `launch-secret-refused`, `migrated`, `arrived`,
-            `migration-ended`. A reset is a stop and a start.
+            `migration-ended`, `emulator-refused`. A reset is a stop and a start.
         detail: a sentence, or nothing.
     """
 

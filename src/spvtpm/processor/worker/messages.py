@@ -75,6 +75,17 @@ class PacketPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=Tr
     """Serve plain commands, one a packet, over a socket pair of the process that embeds the vTPM. Descriptor: the socket."""
 
 
+class StreamPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Serve plain commands on a byte stream, the data channel of a TPM emulator. Descriptors: its socket, and one on which a byte
+    cancels the running command; none to serve nobody.
+
+    Attributes:
+        buffer_bytes: of the TPM's buffers, if it is powered on for this port.
+    """
+
+    buffer_bytes: Annotated[int, Meta(ge=1, le=4096)] = 4096
+
+
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The first message to a worker: which TPM to be.
 
@@ -84,13 +95,15 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
         volatile: its volatile state as `Parked` gave it; none is a power-on.
         pcr_banks: names of those that a new TPM is to have; none: as it is manufactured.
         reseed: other copies of this state may run, as of one that was hibernated: no random number may be drawn twice.
+        has_shut_down: as `Parked` gave it.
     """
 
-    port: DirectPort | PacketPort
+    port: DirectPort | PacketPort | StreamPort
     permanent: Permanent | None = None
     volatile: Volatile | None = None
     pcr_banks: Annotated[list[PcrBank], Meta(max_length=16)] = []
     reseed: bool = False
+    has_shut_down: bool = False
 
 
 class Endorsed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -178,10 +191,12 @@ class Parked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     Attributes:
         volatile: the TPM's volatile state, packed; it fits the permanent state that was committed last.
         snapshot: the interface.
+        has_shut_down: whether the guest's last command was an orderly shutdown: it sleeps, or has ended.
     """
 
     volatile: Volatile
     snapshot: InterfaceSnapshot | None
+    has_shut_down: bool = False
 
 
 class Off(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):

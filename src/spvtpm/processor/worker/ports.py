@@ -20,10 +20,10 @@ from spvtpm.wire.crb import AttachError
 from spvtpm.wire.errors import StorageError
 from spvtpm.wire.mailbox import MAX_PAYLOAD_BYTES
 
-_TPM_RC_FAILURE = bytes.fromhex("80010000000a00000101")
-"""Response TPM_RC_FAILURE. Source: TCG TPM 2.0 Library Part 2, table "TPM_RC constants"."""
-
 _TPM_RC_COMMAND_SIZE = bytes.fromhex("80010000000a00000142")
+"""Response TPM_RC_COMMAND_SIZE. Source: TCG TPM 2.0 Library Part 2, table "TPM_RC constants"."""
+
+_TPM_RC_FAILURE = bytes.fromhex("80010000000a00000101")
 _TPM_RC_NV_UNAVAILABLE = bytes.fromhex("80010000000a00000923")
 
 
@@ -34,11 +34,27 @@ class Port(Protocol):
     def executed(self) -> int:
         """How many commands came so far."""
 
+    @property
+    def guest_has_shut_down(self) -> bool:
+        """Whether the last command was an orderly shutdown."""
+
     def serve(self) -> None:
         """Takes and answers commands until the SP has something to say."""
 
     def snapshot(self) -> InterfaceSnapshot | None:
         """What must outlive parking."""
+
+
+def plain_answer(tpm: WorkerTpm, command: bytes) -> bytes:
+    """The response to a command of a port whose only way to tell an error is a response."""
+    if len(command) > MAX_PAYLOAD_BYTES:
+        return _TPM_RC_COMMAND_SIZE
+    try:
+        return tpm.execute(command)
+    except StorageError:
+        return _TPM_RC_NV_UNAVAILABLE
+    except TpmFailedError:
+        return _TPM_RC_FAILURE
 
 
 class CrbPort:
@@ -50,6 +66,8 @@ class CrbPort:
         tpm: executes commands.
         control: the SP.
     """
+
+    guest_has_shut_down = False  # compiled code has executed it: not known
 
     def __init__(self, port: DirectPort, descriptors: list[int], tpm: WorkerTpm, control: Control) -> None:
         memory, self._sp_doorbell, vm_doorbell = descriptors
@@ -131,6 +149,8 @@ class PacketPort:
         control: the storage of the embedding process.
     """
 
+    guest_has_shut_down = False  # its user has the whole TPM, and ends it in order himself
+
     def __init__(self, descriptors: list[int], tpm: WorkerTpm, control: Control) -> None:
         (descriptor,) = descriptors
         self._socket = socket.socket(fileno=os.dup(descriptor))
@@ -151,17 +171,7 @@ class PacketPort:
             if not command:
                 raise SecureProcessorGoneError
             self.executed += 1
-            self._socket.sendall(self._answer(command))
-
-    def _answer(self, command: bytes) -> bytes:
-        if len(command) > MAX_PAYLOAD_BYTES:
-            return _TPM_RC_COMMAND_SIZE
-        try:
-            return self._tpm.execute(command)
-        except StorageError:
-            return _TPM_RC_NV_UNAVAILABLE
-        except TpmFailedError:
-            return _TPM_RC_FAILURE
+            self._socket.sendall(plain_answer(self._tpm, command))
 
     def snapshot(self) -> None:
         return None

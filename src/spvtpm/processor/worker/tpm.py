@@ -8,7 +8,7 @@ from spvtpm.engine.errors import EngineError
 from spvtpm.engine.libtpms import Engine
 from spvtpm.processor.interfaces.direct import TpmAccess, TpmFailedError
 from spvtpm.processor.worker.making import NewTpm, allocate_banks
-from spvtpm.processor.worker.messages import Endorse, Endorsed, Start
+from spvtpm.processor.worker.messages import Endorse, Endorsed, Start, StreamPort
 from spvtpm.processor.worker.packing import pack_volatile, unpack_volatile
 from spvtpm.processor.worker.tpm_commands import SHUTDOWN_CLEAR
 from spvtpm.wire.ek_templates import EkTemplate
@@ -56,6 +56,8 @@ class WorkerTpm:
             IntegrityError: the volatile state is not packed as it should be.
             StorageError: the new state is not durable.
         """
+        if isinstance(start.port, StreamPort) and not self._engine.is_on:
+            self._engine.set_buffer_size(start.port.buffer_bytes)
         if start.permanent is not None:
             self._resume(start, start.permanent)
         elif not self._engine.is_on:

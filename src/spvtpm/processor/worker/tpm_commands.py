@@ -33,6 +33,24 @@ STARTUP_CLEAR: Final = bytes.fromhex("80010000000c000001440000")
 SHUTDOWN_CLEAR: Final = bytes.fromhex("80010000000c000001450000")
 """TPM2_Shutdown(TPM_SU_CLEAR)."""
 
+_CC_SHUTDOWN = 0x145
+_CAN_RUN_LONG = frozenset({0x131, 0x153, 0x191})
+"""TPM2_CreatePrimary, TPM2_Create, TPM2_CreateLoaded: as in `interfaces/direct.h`."""
+
+
+def _code(command: bytes) -> int:
+    return int.from_bytes(command[6:10], "big") if len(command) >= 10 else 0
+
+
+def can_run_long(command: bytes) -> bool:
+    """Whether it may generate an RSA key."""
+    return _code(command) in _CAN_RUN_LONG
+
+
+def is_shutdown(command: bytes) -> bool:
+    """Whether it is TPM2_Shutdown."""
+    return _code(command) == _CC_SHUTDOWN
+
 
 def _sized(content: bytes) -> bytes:
     return struct.pack(">H", len(content)) + content

@@ -13,6 +13,7 @@ from spvtpm.processor.worker import messages
 from spvtpm.processor.worker.control import Control, SecureProcessorGoneError
 from spvtpm.processor.worker.messages import Failed, Off, Park, Parked, PowerOff, Ready, Start, StillBusy, ToWorker
 from spvtpm.processor.worker.ports import CrbPort, PacketPort, Port
+from spvtpm.processor.worker.stream_port import StreamPort
 from spvtpm.processor.worker.tpm import WorkerTpm
 from spvtpm.wire.ek_templates import EkTemplate
 from spvtpm.wire.errors import MessageError, SpvtpmError, StorageError
@@ -55,6 +56,8 @@ class _Worker:
         self._port: Port
         if isinstance(start.port, messages.DirectPort):
             self._port = CrbPort(start.port, descriptors, self._tpm, self._control)
+        elif isinstance(start.port, messages.StreamPort):
+            self._port = StreamPort(descriptors, self._tpm, self._control, has_shut_down=start.has_shut_down)
         else:
             self._port = PacketPort(descriptors, self._tpm, self._control)
 
@@ -71,7 +74,8 @@ class _Worker:
         if isinstance(order, Park):
             return self._park(order)
         if isinstance(order, PowerOff):
-            self._tpm.shut_down()
+            if not self._port.guest_has_shut_down:  # else it may come back with TPM2_Startup(STATE), from a sleep
+                self._tpm.shut_down()
             self._control.send(Off())
             return True
         raise MessageError(f"{type(order).__name__} makes no sense to a running worker")
@@ -88,5 +92,5 @@ class _Worker:
         except StorageError:
             self._control.send(StillBusy())
             return False
-        self._control.send(Parked(volatile, self._port.snapshot()))
+        self._control.send(Parked(volatile, self._port.snapshot(), self._port.guest_has_shut_down))
         return True
