@@ -64,6 +64,22 @@ def serve(*, interface: Interface, key: Key, socket: Path | None = None, tcp: st
 
 
 @guest_app.command
+def device(*, key: Key) -> None:
+    """Inside a Linux guest: make the vTPM on the direct path a TPM of the kernel, /dev/tpmN, until this ends. Needs root.
+
+    Example: spvtpm guest device --key /etc/spvtpm/vm.key
+
+    Then every program that knows TPMs has it: tpm2_getrandom -T device:/dev/tpmrm0 --hex 8
+    """
+    import logging
+
+    from spvtpm.guest.device import run_device
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    run_device(key, lambda path: print(f"serving {path}", flush=True))
+
+
+@guest_app.command
 def machine(
     directory: Path, /, *, vm: uuid.UUID, secret: Path, interface: Path | None = None, resume: bool = False
 ) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import NoReturn
+from mmap import mmap
+from typing import NoReturn, Protocol
 
 from spvtpm.guest._crb_driver import ffi, lib
-from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.wire import crb, mailbox
 from spvtpm.wire.crb import Attach, AttachError, LocCtrl, Register
 from spvtpm.wire.errors import InterfaceError, MailboxError
@@ -32,6 +32,33 @@ DEFAULT_TIMEOUT_S = 300.0
 """Longer than any TPM command takes; a vTPM that dies is reported at once, without this."""
 
 
+class Interface(Protocol):
+    """What a driver needs of an interface: `memory.py` for processes, `pci_interface.py` for a guest."""
+
+    @property
+    def memory(self) -> mmap:
+        """`crb.MEMORY_BYTES` bytes shared with the SP, and with whoever owns the host."""
+
+    @property
+    def is_open(self) -> bool:
+        """Until it is closed."""
+
+    @property
+    def doorbell(self) -> int:
+        """An eventfd that rings the SP; −1: there is a register for that."""
+
+    @property
+    def doorbell_register(self) -> int:
+        """Address of the register that rings the SP; 0: there is an eventfd for that."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until the SP may have answered; False: it has not within `timeout_s`.
+
+        Raises:
+            InterfaceError: the SP has gone.
+        """
+
+
 class CrbDriver:
     """One session with the vTPM. Thread-safe: commands queue.
 
@@ -46,7 +73,7 @@ class CrbDriver:
         InterfaceError: no vTPM interface of this version lies in the memory, or its vTPM is off.
     """
 
-    def __init__(self, interface: InterfaceMemory, vm_key: bytes) -> None:
+    def __init__(self, interface: Interface, vm_key: bytes) -> None:
         self.interface = interface
         self._memory = interface.memory
         self._lock = threading.Lock()
@@ -59,12 +86,18 @@ class CrbDriver:
         driver = self._driver = ffi.new("struct crb_driver *")
         self._shared = ffi.from_buffer("uint8_t[]", self._memory, require_writable=True)
         driver.memory = self._shared
-        driver.sp_doorbell = interface.descriptors.sp_doorbell
+        driver.sp_doorbell = interface.doorbell
+        driver.doorbell_register = ffi.cast("uint32_t *", interface.doorbell_register)
         driver.session = ffi.cast("struct mailbox_session *", self._session.address)
         crb.U32.pack_into(self._memory, Register.LOC_CTRL, LocCtrl.REQUEST_ACCESS)
 
     def _read_attach(self) -> Attach:
         return Attach._make(crb.ATTACH.unpack_from(self._memory, crb.ATTACH_OFFSET))
+
+    @property
+    def boot_has_ended(self) -> bool:
+        """Whether the vTPM shows another boot than this driver's."""
+        return self._read_attach().boot_id != self._boot_id
 
     def transmit(self, command: bytes, timeout_s: float = DEFAULT_TIMEOUT_S) -> bytes:
         """Sends one TPM command and waits for its response.
@@ -101,7 +134,7 @@ class CrbDriver:
 
     def _raise_error(self, result: int) -> NoReturn:
         attach = self._read_attach()
-        if attach.boot_id != self._boot_id:
+        if self.boot_has_ended:
             raise InterfaceError("the vTPM was powered on anew: this driver's boot has ended, start it in the new one")
         if result == lib.DRIVER_FRAME:
             mailbox.check_result(self._driver.frame_error)
@@ -121,4 +154,4 @@ class CrbDriver:
     def cancel(self) -> None:
         """Asks the vTPM to cancel the command that runs; from another thread than the one in `transmit`."""
         crb.U32.pack_into(self._memory, Register.CTRL_CANCEL, crb.CANCEL)
-        self.interface.ring()
+        lib.driver_ring(self._driver)

@@ -23,6 +23,7 @@ enum driver_result {
 
 struct crb_driver {
     uint8_t *memory; /* shared, CRB_MEMORY_BYTES */
+    volatile uint32_t *doorbell_register; /* of the PCI device, in a guest; NULL: `sp_doorbell` is an eventfd */
     int sp_doorbell;
     struct mailbox_session *session;
     uint64_t sequence;
@@ -30,6 +31,18 @@ struct crb_driver {
     uint8_t response[MAILBOX_MAX_PAYLOAD_BYTES];
     uint8_t frame[MAILBOX_MAX_FRAME_BYTES];
 };
+
+/* Tells the SP to look. In a register of the PCI device, the high half is the peer, the low half its interrupt: the SP is
+   peer 0 and has one. Source: QEMU, docs/specs/ivshmem-spec.rst, "Device Registers". */
+static void driver_ring(const struct crb_driver *driver)
+{
+    if (driver->doorbell_register == NULL) {
+        doorbell_ring(driver->sp_doorbell);
+        return;
+    }
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* what is in memory comes before the ring */
+    *driver->doorbell_register = 0;
+}
 
 /* The size of the response in `response`, or an enum driver_result. */
 static int driver_open(struct crb_driver *driver)
@@ -74,7 +87,7 @@ static int driver_transmit(struct crb_driver *driver, const uint8_t *command, ui
     shared_store(driver->memory, CRB_CTRL_REQ, CTRL_REQ_CMD_READY);
     shared_store(driver->memory, CRB_CTRL_CANCEL, 0);
     shared_store(driver->memory, CRB_CTRL_START, 1);
-    doorbell_ring(driver->sp_doorbell);
+    driver_ring(driver);
     sleep_after = clock_now() + DRIVER_SPIN_NS;
     while ((result = driver_take(driver)) == DRIVER_WAITING && clock_now() < sleep_after)
         sched_yield();

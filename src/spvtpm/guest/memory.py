@@ -39,6 +39,16 @@ class InterfaceMemory:
         self._poll.register(connection, select.POLLIN)
 
     @property
+    def doorbell(self) -> int:
+        """The eventfd that rings the SP."""
+        return self.descriptors.sp_doorbell
+
+    @property
+    def doorbell_register(self) -> int:
+        """There is none: it is an eventfd."""
+        return 0
+
+    @property
     def connection(self) -> socket.socket:
         """Readable when the SP has closed the interface."""
         return self._connection
