@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from spvtpm.files import create_file
-from spvtpm.guest.crb_driver import CrbDriver
+from spvtpm.guest.crb_driver import CrbDriver, Interface
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.daemon import initialise
@@ -162,8 +162,9 @@ class RunningSp:
                 queue += children
         return found
 
-    def worker_of(self, interface: InterfaceMemory) -> int:
+    def worker_of(self, interface: Interface) -> int:
         """Process id of the worker that serves an attached interface: the one that maps the same memory file."""
+        assert isinstance(interface, InterfaceMemory)
         inode = f" {os.fstat(interface.descriptors.memory).st_ino} "
         return next(pid for pid in self.workers() if inode in Path(f"/proc/{pid}/maps").read_text())
 

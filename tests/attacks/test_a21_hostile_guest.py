@@ -74,7 +74,8 @@ def test_a_flood_of_doorbells_keeps_neither_the_vtpm_nor_its_neighbour_from_work
     flooded, neighbour = sp.launch(), sp.launch()
     stop = threading.Event()
     with sp.driver(flooded) as driver, sp.driver(neighbour) as other:
-        interface: InterfaceMemory = driver.interface
+        interface = driver.interface
+        assert isinstance(interface, InterfaceMemory)
 
         def flood() -> None:
             while not stop.is_set():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spvtpm.guest.crb_driver import CrbDriver
+from spvtpm.guest.crb_driver import CrbDriver, Interface
 from spvtpm.guest.memory import InterfaceMemory
 from spvtpm.hypervisor.sp_client import SecureProcessorClient
 from spvtpm.processor.hypervisor_port import MAX_CONNECTIONS
@@ -126,8 +126,9 @@ def test_a_guest_always_learns_that_its_vtpm_died_whatever_the_moment(sp: Runnin
         sp.info(messages.ResetVm(vm_id=vm_id))
 
 
-def block_and_fill(interface: InterfaceMemory) -> None:
+def block_and_fill(interface: Interface) -> None:
     """Makes the VM's doorbell one on which writing blocks: its holder shares its flags with the SP."""
+    assert isinstance(interface, InterfaceMemory)
     doorbell = interface.descriptors.vm_doorbell
     with suppress(BlockingIOError):
         os.eventfd_read(doorbell)

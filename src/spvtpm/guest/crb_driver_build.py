@@ -31,7 +31,8 @@ ffibuilder.cdef(
 
 ffibuilder.set_source(
     "spvtpm.guest._crb_driver",
-    runpy.run_path(str(_WIRE / "crb_header.py"))["c_definitions"]() + '#include "driver.h"\n#include "pci_registers.h"\n',
+    runpy.run_path(str(_WIRE / "crb_header.py"))["c_definitions"]()
+    + '#include "driver.h"\n#include "pci_registers.h"\n',
     include_dirs=[str(_WIRE), str(_HERE)],
     libraries=["crypto"],
 )
