@@ -1,6 +1,7 @@
 #!/bin/sh
-# Fetches what the guests of tests/guests boot: Debian's kernel for virtual machines, and a static busybox. They are taken out of
-# their packages, not installed. Leaves DIRECTORY/vmlinuz, DIRECTORY/modules and DIRECTORY/busybox.
+# Fetches what the guests of tests/guests boot: Debian's kernel for virtual machines, a static busybox, and the functions that
+# hooks of initramfs-tools call. They are taken out of their packages, not installed. Leaves DIRECTORY/vmlinuz, DIRECTORY/modules,
+# DIRECTORY/busybox and DIRECTORY/hook-functions.
 #
 # Usage: scripts/guest-kernel.sh DIRECTORY
 #
@@ -23,7 +24,7 @@ kernel=$(apt-cache depends --important linux-image-cloud-amd64 2>/dev/null |
     echo "no package linux-image-cloud-amd64 is known here" >&2
     exit 1
 }
-(cd packages && apt-get download -q "$kernel" busybox-static >&2)
+(cd packages && apt-get download -q "$kernel" busybox-static initramfs-tools-core >&2)
 for package in packages/*.deb; do
     dpkg-deb --extract "$package" content
 done
@@ -31,6 +32,7 @@ mv content/boot/vmlinuz-* vmlinuz
 modules=$(find content -type d -path '*/lib/modules/*/kernel' -prune) # Debian 13 has it below /usr
 mv -- "$modules" modules
 find content -type f -path '*bin/busybox' -exec mv -- {} busybox \;
+mv content/usr/share/initramfs-tools/hook-functions hook-functions
 rm -rf -- packages content
 test -x busybox
 touch ready

@@ -1,79 +1,94 @@
-"""Guests on the direct path: in their initramfs are this Python, the package, and the tools of tpm2-tools."""
+"""Guests on the direct path: their initramfs has what the package's hook for initramfs-tools puts there, and tpm2-tools."""
 
 from __future__ import annotations
 
-import py_compile
+import os
 import re
+import shutil
 import subprocess
-import sys
+import sysconfig
 import uuid
-from importlib.util import cache_from_source
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.guests.kernel import Initramfs
+from spvtpm.files import create_file
+from tests.guests.kernel import HOOK_FUNCTIONS, Initramfs
 from tests.guests.machine import Guest
 from tests.harness import RunningSp
 
-_LISTING = """
-import importlib.util, runpy, sys
-import spvtpm.cli, spvtpm.guest.device
-print(importlib.util.find_spec("spvtpm.cli.__main__").origin)
-for module in sys.modules.values():
-    if getattr(module, "__file__", None):
-        print(module.__file__)
-"""
+_ROOT = Path(__file__).parents[2]
+_INITRAMFS_TOOLS = _ROOT / "deploy" / "guest" / "initramfs-tools"
+_HERE = {
+    "/usr/share/initramfs-tools/hook-functions": HOOK_FUNCTIONS,
+    "/opt/spvtpm": _ROOT / ".venv",
+}
+"""What the scripts name, and where it is here."""
 
-_INIT = """
-. /etc/start
-chmod 0600 /etc/spvtpm/vm.key
-start() { $PYTHON -m spvtpm.cli guest device --key /etc/spvtpm/vm.key & DEVICE=$!; }
-(start; wait $DEVICE; echo "device ended $?") &
+_INIT = f"""
+. /etc/modules.sh
+mount -t tmpfs -o mode=0755 run /run
+export PYTHONPATH={_ROOT}/src
+start() {{ {_ROOT}/.venv/bin/spvtpm guest device --key /etc/spvtpm/vm.key & DEVICE=$!; }}
+. /etc/premount.sh
 while read -r line; do eval "$line"; done
 """
 
-TOOLS = "/usr/bin/tpm2"
+TOOL = shutil.which("tpm2")
 
 
-def _add_python(initramfs: Initramfs, scratch: Path) -> tuple[str, str]:
-    """This interpreter, and all modules that `spvtpm guest device` imports; gives its path, and PYTHONPATH.
+def _script(path: Path) -> str:
+    """A script of initramfs-tools, for this clone."""
+    text = path.read_text()
+    for there, here in _HERE.items():
+        text = text.replace(there, str(here))
+    return text
 
-    Modules come compiled and without their sources: there are no times in an initramfs by which Python could see that what it
-    has compiled is that source.
-    """
-    python = Path(sys.base_exec_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-    initramfs.add_program(python)
-    listed = subprocess.run([sys.executable, "-c", _LISTING], capture_output=True, text=True, check=True).stdout
-    for line in listed.splitlines():
-        path = Path(line)
-        if path.suffix == ".py":
-            cached = Path(cache_from_source(path))
-            compiled = cached if cached.exists() else Path(str(py_compile.compile(str(path), str(scratch))))
-            initramfs.add(str(path.with_suffix(".pyc")).lstrip("/"), compiled.read_bytes())
-        elif path.suffix == ".so":
-            initramfs.add_program(path)
-    sources = Path(__file__).parents[2] / "src"
-    return str(python), ":".join([str(sources), *(path for path in sys.path if path.endswith("site-packages"))])
+
+def _add_python(initramfs: Initramfs, scratch: Path, vm_key: bytes) -> None:
+    """What the hook adds. Only the kernel's modules come from elsewhere: none are installed here."""
+    tree = scratch / "tree"
+    tree.mkdir(parents=True)
+    create_file(scratch / "vm.key", vm_key)
+    hook = _script(_INITRAMFS_TOOLS / "hooks" / "spvtpm")
+    for line, instead in (
+        ("manual_add_modules tpm_vtpm_proxy\n", ""),
+        ("key=/etc/spvtpm/vm.key\n", f"key={scratch / 'vm.key'}\n"),
+    ):
+        assert line in hook
+        hook = hook.replace(line, instead)
+    environment = {"PATH": os.environ["PATH"], "DESTDIR": str(tree), "verbose": "n"}
+    subprocess.run(["sh", "-c", hook, "spvtpm"], env=environment, check=True, timeout=120)
+    for path in sorted(tree.rglob("*")):
+        name = str(path.relative_to(tree))
+        if path.is_symlink():
+            initramfs.add_link(name, str(path.readlink()))
+        elif path.is_file():
+            initramfs.add(name, path.read_bytes(), program=os.access(path, os.X_OK))
 
 
 def _add_tools(initramfs: Initramfs) -> None:
-    initramfs.add_program(Path(TOOLS))
+    assert TOOL is not None
+    initramfs.add_program(Path(TOOL))
     found = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
     library = re.search(r"=> (/\S+/libtss2-tcti-device\.so\.0)$", found, re.MULTILINE)
     assert library is not None, "libtss2-tcti-device is missing"
     initramfs.add_program(Path(library[1]))
 
 
-def make_initramfs(path: Path, vm_key: bytes) -> Path:
-    """The image of one VM, with the key that its owner put in."""
+def make_initramfs(scratch: Path, vm_key: bytes) -> Path:
+    """The image of one VM, with the key that its owner put in.
+
+    Args:
+        scratch: a directory for it; does not exist yet.
+        vm_key: 32 bytes.
+    """
     image = Initramfs(_INIT)
-    commands = image.add_modules("tpm_vtpm_proxy")
-    python, python_path = _add_python(image, path.with_suffix(".pyc"))
+    _add_python(image, scratch, vm_key)
     _add_tools(image)
-    image.add("etc/start", f"{commands}export PYTHONPATH={python_path} PYTHON={python}\n".encode())
-    image.add("etc/spvtpm/vm.key", vm_key)
-    return image.write(path)
+    image.add("etc/modules.sh", f"{image.add_modules('tpm_vtpm_proxy')}chmod 0600 /etc/spvtpm/vm.key\n".encode())
+    image.add("etc/premount.sh", _script(_INITRAMFS_TOOLS / "scripts" / "init-premount" / "spvtpm").encode())
+    return image.write(scratch / "initramfs")
 
 
 def interface_devices(interface: Path) -> list[str]:
@@ -96,7 +111,12 @@ class DirectGuest:
 
     def await_tpm(self) -> None:
         """Returns once the kernel has its TPM."""
-        assert self.guest.wait_for(r"serving /dev/tpm0\n|device ended \d+\n")[0].startswith("serving"), self.guest.said
+        said = self.guest.wait_for(r"serving /dev/tpm0\n|this system has no TPM\n")[0]
+        assert said.startswith("serving"), self.guest.said
+
+    def remove_python(self) -> None:
+        """As it is when the root file system has taken over: what was in the initramfs runs on, and its files are gone."""
+        assert self.run(f"rm -rf {sysconfig.get_path('stdlib')} {_ROOT}") == (0, "")
 
     def run(self, command: str) -> tuple[int, str]:
         """Runs a command of its shell: exit code, and what it said."""

@@ -16,6 +16,7 @@ _GUEST = Path(__file__).parents[2] / ".venv" / "guest"
 KERNEL = _GUEST / "vmlinuz"
 _MODULES = _GUEST / "modules"
 _BUSYBOX = _GUEST / "busybox"
+HOOK_FUNCTIONS = _GUEST / "hook-functions"
 
 needs_guests = pytest.mark.skipif(
     QEMU is None or not (_GUEST / "ready").exists(),

@@ -81,10 +81,11 @@ def pcr_in(said: str) -> bytes:
 @pytest.mark.attack("A14")
 def test_a_guest_has_its_vtpm_as_dev_tpm_and_its_host_sees_ciphertext_alone(sp: RunningSp, tmp_path: Path) -> None:
     vm_id = sp.launch()
-    initramfs = make_initramfs(tmp_path / "initramfs", sp.key(vm_id))
+    initramfs = make_initramfs(tmp_path / "guest", sp.key(vm_id))
 
     with DirectGuest(sp, vm_id, initramfs) as guest:
         guest.await_tpm()
+        guest.remove_python()
         with shared_memory(guest.guest.pid) as memory:
             with Watcher(memory) as watcher:
                 guest.tool(f"tpm2_pcrextend {PCR}:sha256={SECRET.hex()}")
@@ -122,7 +123,7 @@ def test_a_guest_has_its_vtpm_as_dev_tpm_and_its_host_sees_ciphertext_alone(sp: 
         guest.tool(f"tpm2_pcrextend {PCR}:sha256={SECRET.hex()}")
         sp.info(messages.ResetVm(vm_id=vm_id))
         assert guest.run(f"tpm2 pcrread sha256:{PCR} -T {TCTI}")[0] != 0
-        guest.guest.wait_for(r"the vTPM was powered on anew while this system ran[^$]*device ended 5\n")
+        guest.guest.wait_for(r"the vTPM was powered on anew while this system ran")
         assert guest.run("ls /dev/tpm0")[0] != 0
         assert guest.run("start; wait $DEVICE")[0] == 5
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.guest.same_boot import RECORD
+
 FILES = Path(__file__).parent.parent.parent / "deploy" / "systemd"
 UNITS = sorted(FILES.glob("*.service"))
+GUEST_UNIT = FILES.parent / "guest" / "spvtpm-guest.service"
 PROGRAM = "/opt/spvtpm/bin/spvtpm"
 
 
@@ -29,10 +32,10 @@ def read(unit: Path) -> configparser.SectionProxy:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-@pytest.mark.parametrize("unit", UNITS, ids=name)
+@pytest.mark.parametrize("unit", [*UNITS, GUEST_UNIT], ids=name)
 def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
     here = str(Path(sys.executable).with_name("spvtpm"))
-    for other in UNITS:  # a unit may name others
+    for other in [*UNITS, GUEST_UNIT]:  # a unit may name others
         (tmp_path / other.name).write_text(other.read_text().replace(PROGRAM, here))
     done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / unit.name)], capture_output=True, text=True, timeout=60
@@ -40,7 +43,7 @@ def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=name)
+@pytest.mark.parametrize("unit", [*UNITS, GUEST_UNIT], ids=name)
 def test_the_unit_runs_a_command_that_there_is(unit: Path) -> None:
     words = read(unit)["ExecStart"].split()
     assert words[0] == PROGRAM
@@ -75,3 +78,10 @@ def test_vms_outlive_an_agent_that_dies_and_a_secure_processor_may_lock_its_memo
     assert services["spvtpm-agent"]["KillMode"] == "process"
     assert services["spvtpm-agent"]["Restart"] == "always"
     assert services["spvtpm-sp"]["LimitMEMLOCK"] == "infinity"
+
+
+@pytest.mark.attack("A13")
+def test_the_note_of_the_tpms_start_outlives_the_guests_service() -> None:
+    service = read(GUEST_UNIT)
+    assert RECORD.parent == Path("/run") / service["RuntimeDirectory"]
+    assert service["RuntimeDirectoryPreserve"] == "yes"

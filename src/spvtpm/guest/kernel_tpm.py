@@ -90,7 +90,7 @@ class KernelTpm:
             command = os.read(self._descriptor, _MAX_BYTES)
         except OSError as error:
             raise ResourceError(f"the kernel has given {self.path} up: {error.strerror}") from None
-        response = _answer_locality(command) or transmit(command)
+        response = answer_locality(command) or transmit(command)
         try:
             os.write(self._descriptor, response)
         except OSError as error:  # it has stopped waiting
@@ -109,7 +109,7 @@ class KernelTpm:
         self.close()
 
 
-def _answer_locality(command: bytes) -> bytes | None:
+def answer_locality(command: bytes) -> bytes | None:
     """The answer, if the kernel asks for a locality: 0 is the only one that an interface has."""
     if len(command) < HEADER.size or HEADER.unpack_from(command)[2] != _SET_LOCALITY:
         return None
