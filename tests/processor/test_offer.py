@@ -22,7 +22,7 @@ from spvtpm.processor.interfaces.offer import MAX_CONNECTIONS
 from spvtpm.processor.unix_sockets import listen
 from spvtpm.wire import crb, messages
 from spvtpm.wire.errors import InterfaceError, ResourceError
-from spvtpm.wire.ivshmem import MESSAGE_BYTES, Offer, OfferParser
+from spvtpm.wire.ivshmem import MESSAGE_BYTES, REFUSAL, Offer, OfferParser
 from tests import tpm_commands as tpm
 from tests.harness import RunningSp
 
@@ -76,7 +76,7 @@ class Visitor:
             return os.fstat(offer.memory).st_size == crb.MEMORY_BYTES
 
     def is_turned_away(self) -> bool:
-        return self.socket.recv(1) == b""
+        return self.socket.recv(MESSAGE_BYTES) in (REFUSAL, b"")
 
     def __enter__(self) -> Visitor:
         return self

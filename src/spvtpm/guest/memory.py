@@ -91,7 +91,7 @@ class InterfaceMemory:
             message, descriptors, _flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, 1)
             received += descriptors
             if not message:
-                raise InterfaceError("the secure processor refused this process the interface (see its log)")
+                raise InterfaceError(_MEMORY_GONE)
             offer = parser.feed(message, descriptors[0] if descriptors else None)
             if offer is not None:
                 return offer

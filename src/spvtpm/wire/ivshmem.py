@@ -26,6 +26,10 @@ _SHARED_MEMORY = -1
 _NUMBER = struct.Struct("<q")
 MESSAGE_BYTES = _NUMBER.size
 
+REFUSAL = _NUMBER.pack(-1)
+"""A protocol version that there is not: said to a client before its connection is closed, for QEMU 7.2 waits for ever for
+the offer of one that is closed without a word."""
+
 
 class Offer(NamedTuple):
     """The three file descriptors of an interface.
@@ -79,6 +83,8 @@ class OfferParser:
             raise InterfaceError("the connection ended in the middle of the interface's offer")
         (number,) = _NUMBER.unpack(message)
         if not self._version_seen:
+            if message == REFUSAL:
+                raise InterfaceError("the secure processor refused this process the interface (see its log)")
             if number != PROTOCOL_VERSION or descriptor is not None:
                 raise InterfaceError(f"the server speaks version {number} of the ivshmem protocol, not version 0")
             self._version_seen = True

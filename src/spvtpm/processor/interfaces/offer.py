@@ -21,7 +21,7 @@ from spvtpm.files.unix_sockets import peer_of
 from spvtpm.processor.unix_sockets import Acceptor, listen
 from spvtpm.wire import crb
 from spvtpm.wire.errors import ResourceError
-from spvtpm.wire.ivshmem import Offer, encode_offer
+from spvtpm.wire.ivshmem import REFUSAL, Offer, encode_offer
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,12 @@ def _ring_and_close(doorbell: int) -> None:
     with suppress(BlockingIOError):
         os.eventfd_write(doorbell, 1)
     os.close(doorbell)
+
+
+def _refuse(connection: socket.socket) -> None:
+    with suppress(OSError):  # nobody waits for it any more
+        connection.send(REFUSAL)
+    connection.close()
 
 
 class InterfaceOffer:
@@ -115,7 +121,7 @@ class InterfaceOffer:
         if uid not in self._allowed_uids or len(self._waiting) + self.connected >= MAX_CONNECTIONS:
             reason = "too many wait" if uid in self._allowed_uids else "not allowed"
             log.warning("refused a connection of uid %d to interface %s: %s", uid, self.path.name, reason)
-            connection.close()
+            _refuse(connection)
             return
         asyncio.get_running_loop().add_reader(connection, self._dismiss, connection)
         self._waiting.append(connection)
@@ -146,8 +152,11 @@ class InterfaceOffer:
         if self._acceptor is not None:
             self._acceptor.close()
             self.path.unlink(missing_ok=True)
-        for connection in (*self._waiting, *([self._holder] if self._holder is not None else [])):
+        for connection in self._waiting:
             asyncio.get_running_loop().remove_reader(connection)
-            connection.close()
+            _refuse(connection)
+        if self._holder is not None:
+            asyncio.get_running_loop().remove_reader(self._holder)
+            self._holder.close()
         for descriptor in self.offer:
             os.close(descriptor)
