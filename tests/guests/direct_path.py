@@ -31,8 +31,9 @@ mount -t tmpfs -o mode=0755 run /run
 export PYTHONPATH={_ROOT}/src
 start() {{ {_ROOT}/.venv/bin/spvtpm guest device --key /etc/spvtpm/vm.key & DEVICE=$!; }}
 . /etc/premount.sh
-while read -r line; do eval "$line"; done
 """
+
+_SHELL = 'while read -r line; do eval "$line"; done'
 
 TOOL = shutil.which("tpm2")
 
@@ -76,14 +77,15 @@ def _add_tools(initramfs: Initramfs) -> None:
     initramfs.add_program(Path(library[1]))
 
 
-def make_initramfs(scratch: Path, vm_key: bytes) -> Path:
+def make_initramfs(scratch: Path, vm_key: bytes, job: str = _SHELL) -> Path:
     """The image of one VM, with the key that its owner put in.
 
     Args:
         scratch: a directory for it; does not exist yet.
         vm_key: 32 bytes.
+        job: what the guest does when it has its TPM.
     """
-    image = Initramfs(_INIT)
+    image = Initramfs(_INIT + job)
     _add_python(image, scratch, vm_key)
     _add_tools(image)
     image.add("etc/modules.sh", f"{image.add_modules('tpm_vtpm_proxy')}chmod 0600 /etc/spvtpm/vm.key\n".encode())

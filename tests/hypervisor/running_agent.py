@@ -34,13 +34,16 @@ class RunningAgent(Daemon):
     Args:
         sp: of the host.
         options: of `spvtpm agent init`.
+        config: what else is in its configuration.
     """
 
-    def __init__(self, sp: RunningSp, *options: str) -> None:
+    def __init__(self, sp: RunningSp, *options: str, config: str = "") -> None:
         self.sp = sp
         self.directory = sp.state.with_name(f"{sp.state.name}-ag")
         super().__init__(("agent", "run", self.directory), sp.state.with_name(f"{sp.state.name}-agent.log"))
         spvtpm("agent", "init", self.directory, "--sp", sp.state, *options)
+        with (self.directory / "agent.toml").open("a") as file:
+            file.write(config)
         self.token = (self.directory / "token").read_text()
         self._sequence = 0
         self.http = self.client(self.token)

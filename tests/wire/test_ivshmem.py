@@ -13,8 +13,8 @@ from spvtpm.wire.ivshmem import Offer, OfferParser, encode_offer
 
 Message = tuple[bytes, int | None]
 
-# Source: QEMU docs/specs/ivshmem-spec.rst, "The ivshmem client-server protocol", for peer 1 of a server with peer 0.
-EXPECTED = [(0, None), (1, None), (-1, 30), (0, 31), (1, 32)]
+# Source: QEMU docs/specs/ivshmem-spec.rst, "The ivshmem client-server protocol", for peer 0 of a server with peer 1.
+EXPECTED = [(0, None), (0, None), (-1, 30), (1, 31), (0, 32)]
 
 numbers = st.sampled_from([-(1 << 63), -2, -1, 0, 1, 2, 0xFFFF, 0x10000]) | st.integers(-(1 << 63), (1 << 63) - 1)
 messages = st.tuples(

@@ -33,7 +33,7 @@ struct crb_driver {
 };
 
 /* Tells the SP to look. In a register of the PCI device, the high half is the peer, the low half its interrupt: the SP is
-   peer 0 and has one. Source: QEMU, docs/specs/ivshmem-spec.rst, "Device Registers". */
+   peer 1 and has one. Source: QEMU, docs/specs/ivshmem-spec.rst, "Device Registers"; docs/formats/ivshmem-offer.md. */
 static void driver_ring(const struct crb_driver *driver)
 {
     if (driver->doorbell_register == NULL) {
@@ -41,7 +41,7 @@ static void driver_ring(const struct crb_driver *driver)
         return;
     }
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* what is in memory comes before the ring */
-    *driver->doorbell_register = 0;
+    *driver->doorbell_register = htole32(1u << 16);
 }
 
 /* The size of the response in `response`, or an enum driver_result. */

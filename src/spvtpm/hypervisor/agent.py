@@ -30,6 +30,7 @@ from spvtpm.files.unix_sockets import MAX_SOCKET_PATH_BYTES
 from spvtpm.hypervisor.conductor import Conductor
 from spvtpm.hypervisor.config import AgentConfig, load_config, read_token, write_config
 from spvtpm.hypervisor.emulated_vms import EmulatedVms
+from spvtpm.hypervisor.qemu_vms import QemuVms
 from spvtpm.hypervisor.records import Records
 from spvtpm.hypervisor.secure_processor import SecureProcessor
 from spvtpm.hypervisor.service import Service
@@ -126,7 +127,8 @@ class HostAgent:
             first_and_count = self._config.vm_uids
             users = VmUsers(vms, (first_and_count[0], first_and_count[1]) if first_and_count else None)
             records = Records(self._directory / "orders")
-            conductor = Conductor(sp, EmulatedVms(vms, users), records, self._config.max_vms)
+            driver = EmulatedVms(vms, users) if self._config.qemu is None else QemuVms(vms, users, self._config.qemu)
+            conductor = Conductor(sp, driver, records, self._config.max_vms)
             cleanup.push_async_callback(conductor.close)
             await conductor.start()
             listed = self._directory / self._config.revocation_list if self._config.revocation_list else None

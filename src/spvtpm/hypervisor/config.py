@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,28 @@ from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import ConfigError
 
 _UserId = Annotated[int, Meta(ge=1, lt=(1 << 32) - 1)]
+
+
+class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `[qemu]`.
+
+    Attributes:
+        program: QEMU.
+        accelerator: `kvm`, `tcg`, or `auto`: KVM if the host has it.
+        memory_mib: each guest's memory.
+        cpus: each guest's processors.
+        kernel: a Linux kernel that all guests boot, from the agent's directory on; empty: their disks boot.
+        append: its command line.
+        images: directory of the guests' images, from the agent's on: VM.qcow2; with a kernel, VM.initramfs or default.initramfs.
+    """
+
+    program: Annotated[str, Meta(min_length=1, max_length=4096)] = "qemu-system-x86_64"
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    memory_mib: Annotated[int, Meta(ge=64, le=1 << 20)] = 1024
+    cpus: Annotated[int, Meta(ge=1, le=64)] = 1
+    kernel: Annotated[str, Meta(max_length=4096)] = ""
+    append: Annotated[str, Meta(max_length=2048)] = "console=ttyS0"
+    images: Annotated[str, Meta(min_length=1, max_length=4096)] = "images"
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,6 +51,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         revocation_list: a file with the vendor's newest list of revoked chips, PEM, which a VM's move needs; read each time.
             Empty: the secure processor knows one.
         vm_uids: the first of the user ids that belong to VMs, and how many there are; empty: VMs run as the agent's user.
+        qemu: VMs are guests of QEMU; None: they are emulated.
     """
 
     sp: Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -38,6 +61,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_vms: Annotated[int, Meta(ge=1, le=10_000)] = 256
     revocation_list: Annotated[str, Meta(max_length=4096)] = ""
     vm_uids: Annotated[list[_UserId], Meta(max_length=2)] = []  # msgspec copies it
+    qemu: QemuConfig | None = None
 
     def endpoint(self) -> tuple[str, int] | None:
         """Host and port, if it listens on TCP.
@@ -75,6 +99,13 @@ _EXPLANATIONS: Final = """\
 # max_vms = 256             # how many VMs the host takes
 # revocation_list = ""      # the vendor's newest list of revoked chips, PEM; needed for VMs to move
 # vm_uids = [200000, 1000]  # user ids that belong to VMs: the first, and how many; default: none
+# [qemu]                    # VMs are guests of QEMU; without this table, they are emulated. It has to be the last
+# accelerator = "auto"      # or "kvm", or "tcg"; auto: KVM if there is any
+# memory_mib = 1024         # each guest's memory
+# cpus = 1                  # each guest's processors
+# kernel = ""               # a Linux kernel that all guests boot; default: their disks boot
+# append = "console=ttyS0"  # its command line
+# images = "images"         # directory: VM.qcow2; with a kernel, VM.initramfs or default.initramfs
 """
 
 _MAX_TOKEN_BYTES: Final = 128

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -22,10 +20,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from spvtpm.hypervisor.frames import connected
-from spvtpm.hypervisor.machine_directory import MachineDirectory
 from spvtpm.hypervisor.machine_link import ask_machine
-from spvtpm.hypervisor.machine_process import MachineProcess
-from spvtpm.hypervisor.virtual_machine import Boot, Console, MachineState
+from spvtpm.hypervisor.process_machine import ProcessMachine
+from spvtpm.hypervisor.virtual_machine import Boot, Console
 from spvtpm.hypervisor.vm_users import VmUsers
 from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import NotRunning, SpvtpmError, StorageError, WrongState
@@ -56,7 +53,7 @@ _SUSPEND_S: Final = 60.0
 _ADOPT_S: Final = 10.0
 
 
-class EmulatedVm:
+class EmulatedVm(ProcessMachine):
     """A VM whose machine is a process. A `VirtualMachine`.
 
     Args:
@@ -70,41 +67,8 @@ class EmulatedVm:
     def __init__(
         self, vm_id: uuid.UUID, directory: Path, users: VmUsers, on_end: Callable[[], None], left: int | None = None
     ) -> None:
-        self._vm_id = vm_id
-        self._directory = MachineDirectory(directory, users)
-        self._own = self._directory.own
-        self._users = users
-        self._on_end = on_end
+        super().__init__(vm_id, directory, users, on_end)
         self._left = left
-        self._process: MachineProcess | None = None
-        self._state: MachineState = "none"
-        self._boots = 0
-        self._has_remains = False
-
-    @property
-    def state(self) -> MachineState:
-        """What it does now."""
-        return self._state
-
-    @property
-    def boots(self) -> int:
-        """Number of the boot that it takes part in."""
-        return self._boots
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the host has anything of it."""
-        return self._directory.path.is_dir()
-
-    @property
-    def image(self) -> Path:
-        """Where its memory is while it is suspended, and after."""
-        return self._directory.image
-
-    @property
-    def pid(self) -> int | None:
-        """Of its process."""
-        return self._process.pid if self._process is not None else None
 
     async def adopt(self) -> None:
         """Takes over a machine that an agent which has died had started; one that does not answer is ended."""
@@ -132,19 +96,6 @@ class EmulatedVm:
         except NotRunning:
             return True
 
-    async def prepare(self) -> int | None:
-        """Makes room for it; tells as which user it will run.
-
-        Raises:
-            StorageError: there is no room.
-        """
-        try:
-            self._directory.make_room()
-            uid = self._directory.uid
-        except OSError as error:
-            raise StorageError(f"no room for the machine of VM {self._vm_id}: {error.strerror or error}") from None
-        return None if uid == os.geteuid() else uid
-
     async def start(self, boot: Boot) -> None:
         """Starts it; returns once it is ready.
 
@@ -162,7 +113,7 @@ class EmulatedVm:
             await self._clear()
             self._directory.note_boot(boot)
             self._boots = boot.boots
-            self._spawn(boot, boot.secret)
+            self._spawn(self._command(boot, boot.secret))
         except OSError as error:
             raise StorageError(f"no machine for VM {self._vm_id}: {error.strerror or error}") from None
         await self.await_ready()
@@ -198,19 +149,6 @@ class EmulatedVm:
             except SpvtpmError as error:
                 log.warning("VM %s: its machine is not powered off in order: %s", self._vm_id, error)
         await self.end()
-
-    async def end(self) -> None:
-        """Ends it at once, and clears away what it had in memory."""
-        process, self._process = self._process, None
-        self._state = "none"
-        if process is not None:
-            await process.kill()
-        await self._clear()
-
-    async def tidy(self) -> None:
-        """Clears away what it had in memory, if it has ended unasked."""
-        if self._has_remains:
-            await self._clear()
 
     async def suspend(self) -> None:
         """Lets nothing run in it any more, and makes its memory durable as its image.
@@ -275,10 +213,6 @@ class EmulatedVm:
         """
         await self._directory.put_image(memory.stream())
 
-    async def forget_image(self) -> None:
-        """Removes the image, durably."""
-        await self._directory.forget_image()
-
     async def put_image(self, image: bytes) -> None:
         """Stores an image that was brought from elsewhere, durably.
 
@@ -295,14 +229,6 @@ class EmulatedVm:
         """
         return await self._directory.read_image()
 
-    async def remove(self) -> None:
-        """Removes all that the host has of it.
-
-        Raises:
-            StorageError: something cannot be removed.
-        """
-        await self._directory.remove()
-
     def console(self) -> Console:
         """Its console.
 
@@ -313,44 +239,14 @@ class EmulatedVm:
             raise WrongState(f"VM {self._vm_id} does not run, so there is nobody at its console")
         return Console(self._own / "console.sock", self._process.pid)
 
-    async def _clear(self) -> None:
-        self._has_remains = False
-        await self._directory.clear()
-
-    def _spawn(self, boot: Boot, secret: Path) -> None:
+    def _command(self, boot: Boot, secret: Path) -> list[str]:
         command = [sys.executable, "-m", "spvtpm.cli", "guest", "machine", str(self._own), "--vm", str(self._vm_id)]
         command += ["--secret", str(secret)]
         if boot.interface is not None:
             command += ["--interface", str(boot.interface)]
         if boot.resumes:
             command.append("--resume")
-        with (self._directory.path / "log").open("wb") as sink:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                cwd=self._own,
-                env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self._own), "LANG": "C.UTF-8"},
-                start_new_session=True,
-                umask=0o077,
-                **self._users.identity(self._directory.uid),
-            )
-        child.returncode = 0  # it is watched by its descriptor, and buried there
-        self._watch(child.pid)
-        self._state = "starting"
-
-    def _watch(self, pid: int) -> None:
-        self._process = MachineProcess(pid, self._ended, self._users.alone(self._directory.uid))
-
-    def _ended(self) -> None:
-        process = self._process
-        if process is not None and process.ended.is_set():
-            log.warning(
-                "VM %s: its machine, process %d, has ended%s", self._vm_id, process.pid, self._directory.last_words()
-            )
-            self._process, self._state, self._has_remains = None, "none", True
-            self._on_end()
+        return command
 
     async def _change(self, request: ControlRequest, timeout_s: float) -> None:
         """Has it become something else, and takes note of what it says that it is."""

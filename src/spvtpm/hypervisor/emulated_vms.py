@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from spvtpm.hypervisor.emulated_vm import EmulatedVm
 from spvtpm.hypervisor.machine_process import find_machines
+from spvtpm.hypervisor.process_machine import make_directory, vms_in
 from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.errors import StorageError
-
-log = logging.getLogger(__name__)
 
 
 class EmulatedVms:
@@ -30,10 +27,7 @@ class EmulatedVms:
         self._directory = directory
         self._users = users
         self._left = find_machines("machine")
-        try:
-            directory.mkdir(mode=0o711, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot make {directory}: {error.strerror}") from None
+        make_directory(directory)
 
     def machine(self, vm_id: uuid.UUID, on_end: Callable[[], None]) -> EmulatedVm:
         """The machine of a VM; nothing runs yet."""
@@ -43,10 +37,4 @@ class EmulatedVms:
 
     def known(self) -> set[uuid.UUID]:
         """The VMs of which the host has anything."""
-        found = set()
-        for path in self._directory.iterdir():
-            try:
-                found.add(uuid.UUID(path.name))
-            except ValueError:
-                log.warning("%s is no VM's", path)
-        return found
+        return vms_in(self._directory)

@@ -1,13 +1,14 @@
 """How the SP hands shared memory and doorbells to a VM: the server protocol of QEMU's ivshmem device.
 
-The SP is the server and, as a peer, number 0; the VM is number 1. Each has one interrupt vector, an eventfd. A message is a
-64-bit little-endian signed number, some with one file descriptor (SCM_RIGHTS):
+The SP is the server and, as a peer, number 1; the VM is number 0, for QEMU saves the memory of no other's machine. Each has
+one interrupt vector, an eventfd. A message is a 64-bit little-endian signed number, some with one file descriptor
+(SCM_RIGHTS):
 
     0               protocol version
-    1               the client's own number
+    0               the client's own number
     -1   + memory   the shared memory
-    0    + doorbell rings the SP
-    1    + doorbell rings the VM
+    1    + doorbell rings the SP
+    0    + doorbell rings the VM
 
 Sans-IO. Source: QEMU, docs/specs/ivshmem-spec.rst, "The ivshmem client-server protocol".
 """
@@ -20,8 +21,8 @@ from typing import NamedTuple
 from spvtpm.wire.errors import InterfaceError
 
 PROTOCOL_VERSION = 0
-SP_PEER = 0
-VM_PEER = 1
+SP_PEER = 1
+VM_PEER = 0
 _SHARED_MEMORY = -1
 _NUMBER = struct.Struct("<q")
 MESSAGE_BYTES = _NUMBER.size
