@@ -88,7 +88,8 @@ def make_initramfs(scratch: Path, vm_key: bytes, job: str = _SHELL) -> Path:
     image = Initramfs(_INIT + job)
     _add_python(image, scratch, vm_key)
     _add_tools(image)
-    image.add("etc/modules.sh", f"{image.add_modules('tpm_vtpm_proxy')}chmod 0600 /etc/spvtpm/vm.key\n".encode())
+    modules = image.add_modules("tpm_vtpm_proxy", "button", "evdev")
+    image.add("etc/modules.sh", f"{modules}chmod 0600 /etc/spvtpm/vm.key\n".encode())
     image.add("etc/premount.sh", _script(_INITRAMFS_TOOLS / "scripts" / "init-premount" / "spvtpm").encode())
     return image.write(scratch / "initramfs")
 

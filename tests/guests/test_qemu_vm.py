@@ -23,6 +23,9 @@ from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
 pytestmark = needs_guests
 
 JOB = """
+for device in /dev/input/event*; do
+    (head -c 24 $device >/dev/null && echo "power button" && sleep 1.5 && poweroff -f) &
+done
 n=0
 while :; do
     n=$((n + 1))
@@ -120,3 +123,4 @@ def test_a_guest_is_booted_adopted_suspended_resumed_and_booted_again_when_it_fa
 
     agent.order(vm_id, "stopped")
     assert qemu_of(agent, vm_id) is None
+    assert "power button" in rounds.said()

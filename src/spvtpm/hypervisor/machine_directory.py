@@ -77,7 +77,18 @@ class MachineDirectory:
         Raises:
             StorageError, msgspec.DecodeError: it is not known.
         """
-        return msgspec.json.decode(read_file(self.path / "boot", _MAX_BOOT_BYTES), type=_BootRecord).boots
+        return self._boot().boots
+
+    def resumes(self) -> bool:
+        """Whether it goes on from its image in that boot.
+
+        Raises:
+            StorageError, msgspec.DecodeError: it is not known.
+        """
+        return self._boot().resumes
+
+    def _boot(self) -> _BootRecord:
+        return msgspec.json.decode(read_file(self.path / "boot", _MAX_BOOT_BYTES), type=_BootRecord)
 
     async def clear(self) -> None:
         """Removes what a machine that is gone has left behind: sockets, and memory in clear. Its image stays."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from mmap import mmap
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from spvtpm.files import sync_directory
-from spvtpm.hypervisor.qemu_monitor import QemuMonitor
+from spvtpm.hypervisor.qemu_monitor import Empty, QemuMonitor
 from spvtpm.wire import crb
 from spvtpm.wire.errors import ResourceError, StorageError
 from spvtpm.wire.ivshmem import MESSAGE_BYTES, Offer, OfferParser
@@ -33,10 +34,11 @@ async def save_memory(monitor: QemuMonitor, image: Path) -> None:
     """
     new = image.with_name(f"{image.name}.new")
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        new.unlink(missing_ok=True)  # the directory is the machine's: nothing that lies there is written to
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             await monitor.hand_over(descriptor, _NAME)
-            await monitor.execute("migrate", {"uri": f"fd:{_NAME}"})
+            await monitor.execute("migrate", Empty, uri=f"fd:{_NAME}")
             await monitor.wait_for_migration()
             os.fsync(descriptor)
         finally:
@@ -55,14 +57,16 @@ async def load_memory(monitor: QemuMonitor, image: Path) -> None:
         StorageError: there is none.
     """
     try:
-        descriptor = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(image, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError(f"cannot read {image}: {error.strerror}") from None
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise StorageError(f"{image} is no regular file")
         await monitor.hand_over(descriptor, _NAME)
     finally:
         os.close(descriptor)
-    await monitor.execute("migrate-incoming", {"uri": f"fd:{_NAME}"})
+    await monitor.execute("migrate-incoming", Empty, uri=f"fd:{_NAME}")
     await monitor.wait_for_migration()
 
 

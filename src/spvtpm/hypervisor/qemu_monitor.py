@@ -1,21 +1,53 @@
-"""QEMU's monitor: QMP, through the package `qemu.qmp`. What it raises is typed."""
+"""QEMU's monitor: QMP, through the package `qemu.qmp`. What it raises is typed.
+
+Source of commands and answers: QEMU, qapi/*.json.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
+import msgspec
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from spvtpm.files.unix_sockets import peer_of
-from spvtpm.wire.decoding import printable
+from spvtpm.wire.decoding import UNDECODABLE, in_words, printable
 from spvtpm.wire.platform_errors import MachineFailed
 
 _PATIENCE_S: Final = 10.0
 _LOOK_S: Final = 0.05
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # the errors that it logs are raised, too
+
+_Answer = TypeVar("_Answer")
+
+
+class Empty(msgspec.Struct, frozen=True):
+    """Done."""
+
+
+class RunStatus(msgspec.Struct, frozen=True):
+    """Of `query-status`."""
+
+    status: str
+
+
+class KvmInfo(msgspec.Struct, frozen=True):
+    """Of `query-kvm`."""
+
+    enabled: bool
+
+
+class MigrationInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """Of `query-migrate`. Empty as long as there is nothing to say."""
+
+    status: str = ""
+    error_desc: str = "it does not say why"
 
 
 class QemuMonitor:
@@ -32,16 +64,25 @@ class QemuMonitor:
         self._client: QMPClient | None = None
         self._speaking = asyncio.Lock()
 
-    async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
+    async def execute(self, command: str, answer: type[_Answer], **arguments: object) -> _Answer:
         """One command; what it returns.
 
+        Args:
+            command: its name.
+            answer: what kind of answer it has.
+            arguments: of the command.
+
         Raises:
-            MachineFailed: it is refused, or QEMU does not answer.
+            MachineFailed: it is refused, or QEMU does not answer, or something else.
         """
         async with self._speaking:
-            return await self._execute(command, arguments)
+            returned = await self._execute(command, arguments)
+        try:
+            return msgspec.convert(returned, answer)
+        except UNDECODABLE as error:
+            raise MachineFailed(f"QEMU answers {command} with something else: {in_words(error)}") from None
 
-    async def _execute(self, command: str, arguments: dict[str, object] | None, descriptor: int | None = None) -> Any:
+    async def _execute(self, command: str, arguments: dict[str, object], descriptor: int | None = None) -> object:
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 client = await self._connected()
@@ -73,13 +114,11 @@ class QemuMonitor:
             MachineFailed: it failed.
         """
         while True:
-            info = await self.execute("query-migrate")
-            match info.get("status"):
-                case "completed":
-                    return
-                case "failed" | "cancelled":
-                    reason = printable(str(info.get("error-desc", "it does not say why")))[:512]
-                    raise MachineFailed(f"QEMU could not move the machine's memory: {reason}")
+            info = await self.execute("query-migrate", MigrationInfo)
+            if info.status == "completed":
+                return
+            if info.status in ("failed", "cancelled"):
+                raise MachineFailed(f"QEMU could not move the machine's memory: {printable(info.error_desc)[:512]}")
             await asyncio.sleep(_LOOK_S)
 
     async def _connected(self) -> QMPClient:

@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from spvtpm.hypervisor.config import QemuConfig
 from spvtpm.hypervisor.process_machine import ProcessMachine
 from spvtpm.hypervisor.qemu_command import SERIAL, SERIAL_BYTES, find_images, monitor_of, qemu_command
 from spvtpm.hypervisor.qemu_memory import InterfaceBeginning, load_memory, save_memory
-from spvtpm.hypervisor.qemu_monitor import QemuMonitor
+from spvtpm.hypervisor.qemu_monitor import Empty, KvmInfo, QemuMonitor, RunStatus
 from spvtpm.hypervisor.serial_log import SerialLog
 from spvtpm.hypervisor.virtual_machine import Boot, Console, MachineState
 from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.decoding import UNDECODABLE, printable
 from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
 from spvtpm.wire.memory_records import NewestRecords
 from spvtpm.wire.platform_errors import MachineFailed
@@ -71,6 +72,7 @@ class QemuVm(ProcessMachine):
         self._left = left
         self._monitor: QemuMonitor | None = None
         self._serial: asyncio.Task[None] | None = None
+        self._hanging_up: asyncio.Task[None] | None = None
 
     async def adopt(self) -> None:
         """Takes over a machine that an agent which has died had started; one that does not answer is ended."""
@@ -82,6 +84,8 @@ class QemuVm(ProcessMachine):
             self._watch(left)
             self._boots = self._directory.boots()
             self._state = await self._state_of_qemu()
+            if self._state == "halted" and self._directory.resumes():
+                raise MachineFailed("it has not gone on from its image whole")
             log.info("VM %s: its machine, process %d, goes on", self._vm_id, left)
         except (SpvtpmError, OSError, *UNDECODABLE) as error:
             log.warning("VM %s: its machine is of no use and ended: %s", self._vm_id, error)
@@ -126,15 +130,15 @@ class QemuVm(ProcessMachine):
                     await load_memory(self._qemu, self.image)
                     if beginning is not None:
                         beginning.put_back()
-                    await self._ask("cont")
+                    await self._tell("cont")
+                kvm = await self._qemu.execute("query-kvm", KvmInfo)
                 self._state = await self._state_of_qemu()
         except (SpvtpmError, TimeoutError) as error:
             await self.end()
             why = str(error) or f"it was not ready after {_READY_S:g} s"
             words = self._directory.last_words()
             raise MachineFailed(f"the machine of VM {self._vm_id} did not come up: {why}{words}") from None
-        kvm = await self._ask("query-kvm")
-        log.info("VM %s: QEMU runs it %s", self._vm_id, "with KVM" if kvm["enabled"] else "without KVM, slowly")
+        log.info("VM %s: QEMU runs it %s", self._vm_id, "with KVM" if kvm.enabled else "without KVM, slowly")
 
     async def _await_monitor(self) -> None:
         while True:
@@ -143,13 +147,13 @@ class QemuVm(ProcessMachine):
                 raise MachineFailed("QEMU has ended")
             if monitor_of(self._own).exists():
                 with suppress(MachineFailed):  # it listens before it speaks
-                    await self._ask("query-status")
+                    await self._qemu.execute("query-status", RunStatus)
                     return
 
     async def _state_of_qemu(self) -> MachineState:
-        status = (await self._ask("query-status"))["status"]
+        status = (await self._qemu.execute("query-status", RunStatus)).status
         if status not in _STATES:
-            raise MachineFailed(f"QEMU is {status!r}")
+            raise MachineFailed(f"QEMU is {printable(status)[:64]}")
         return _STATES[status]
 
     async def stop(self) -> None:
@@ -158,8 +162,8 @@ class QemuVm(ProcessMachine):
         if process is not None and self._state in ("running", "halted"):
             try:
                 if self._state == "halted":
-                    await self._ask("cont")
-                await self._ask("system_powerdown")
+                    await self._tell("cont")
+                await self._tell("system_powerdown")
                 await process.wait(_POWER_OFF_S)
             except SpvtpmError as error:
                 log.warning("VM %s: its machine is not powered off in order: %s", self._vm_id, error)
@@ -169,9 +173,12 @@ class QemuVm(ProcessMachine):
         """Lets nothing run in it any more, and makes its memory durable as its image.
 
         Raises:
+            WrongState: it has a user of its own, who alone could look at the interface when it goes on.
             SpvtpmError: it cannot be suspended, and runs on.
         """
-        await self._ask("stop")
+        if self._directory.uid != os.geteuid():
+            raise WrongState(f"VM {self._vm_id} is a QEMU guest with a user of its own: it cannot be suspended")
+        await self._tell("stop")
         try:
             await save_memory(self._qemu, self.image)
             self._state = await self._state_of_qemu()
@@ -185,7 +192,7 @@ class QemuVm(ProcessMachine):
         Raises:
             SpvtpmError: it cannot.
         """
-        await self._ask("cont")
+        await self._tell("cont")
         self._state = await self._state_of_qemu()
 
     async def halt(self) -> None:
@@ -194,7 +201,7 @@ class QemuVm(ProcessMachine):
         Raises:
             SpvtpmError: it cannot be halted, and runs on.
         """
-        await self._ask("stop")
+        await self._tell("stop")
         self._state = await self._state_of_qemu()
 
     async def copy_memory(self, handoff_id: bytes) -> AsyncIterator[bytes]:  # noqa: ARG002  # as the interface has it
@@ -262,7 +269,7 @@ class QemuVm(ProcessMachine):
             self._serial.cancel()
             self._serial = None
         if self._monitor is not None:
-            asyncio.get_running_loop().create_task(self._monitor.close())
+            self._hanging_up = asyncio.get_running_loop().create_task(self._monitor.close())
             self._monitor = None
         super()._ended()
 
@@ -272,7 +279,8 @@ class QemuVm(ProcessMachine):
         while True:
             await asyncio.sleep(_SERIAL_EVERY_S)
             try:
-                serial.add(await self._ask("ringbuf-read", device=SERIAL, size=SERIAL_BYTES))
+                said = await self._qemu.execute("ringbuf-read", str, device=SERIAL, size=SERIAL_BYTES)
+                serial.add(said[:SERIAL_BYTES])
             except (SpvtpmError, OSError) as error:  # it is too young, or another look has more luck
                 log.debug("VM %s: its console cannot be read: %s", self._vm_id, error)
 
@@ -282,5 +290,5 @@ class QemuVm(ProcessMachine):
             raise MachineFailed(f"the machine of VM {self._vm_id} has ended")
         return self._monitor
 
-    async def _ask(self, command: str, **arguments: object) -> Any:
-        return await self._qemu.execute(command, arguments)
+    async def _tell(self, command: str) -> None:
+        await self._qemu.execute(command, Empty)
