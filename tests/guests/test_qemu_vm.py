@@ -8,17 +8,21 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from spvtpm.hypervisor.machine_process import find_machines
-from spvtpm.wire.errors import WrongState
+from spvtpm.wire.errors import DirectPathOnly, WrongState
+from spvtpm.wire.platform_errors import MachineFailed
 from tests.guests.direct_path import make_initramfs
-from tests.guests.kernel import KERNEL, needs_guests
+from tests.guests.kernel import KERNEL, Initramfs, needs_guests
 from tests.harness import RunningSp
 from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
+from tests.owner import ANYTHING
 
 pytestmark = needs_guests
 
@@ -44,10 +48,16 @@ append = "console=ttyS0 quiet panic=-1"
 """
 
 
+@contextmanager
+def agent_with(sp: RunningSp, more: str = "") -> Iterator[RunningAgent]:
+    with RunningAgent(sp, config=CONFIG + more) as running:
+        (running.directory / "images").mkdir()
+        yield running
+
+
 @pytest.fixture
 def agent(sp: RunningSp) -> Iterator[RunningAgent]:
-    with RunningAgent(sp, config=CONFIG) as running:
-        (running.directory / "images").mkdir()
+    with agent_with(sp) as running:
         yield running
 
 
@@ -71,7 +81,6 @@ class Rounds:
                 break
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.2)
-        assert "failed" not in self.said()
         for boot in guests:
             pcr, expected = bytes(32), 1
             for number, value, guest in rounds:
@@ -115,12 +124,41 @@ def test_a_guest_is_booted_adopted_suspended_resumed_and_booted_again_when_it_fa
     agent.order(vm_id, "running")
     rounds.wait_for(1, reached + 2)
 
-    # It dies, and is booted again, with a new boot of its vTPM.
+    # It dies, or its secure processor does, and it is booted again, with a new boot of its vTPM.
     resumed = qemu_of(agent, vm_id)
     assert resumed is not None
     os.kill(resumed, signal.SIGKILL)
     rounds.wait_for(2)
+    assert "failed" not in rounds.said()
+    agent.sp.kill()
+    agent.sp.start()
+    rounds.wait_for(3)
 
     agent.order(vm_id, "stopped")
     assert qemu_of(agent, vm_id) is None
     assert "power button" in rounds.said()
+
+
+@pytest.mark.claim("B1")
+@pytest.mark.claim("B5")
+def test_a_guest_without_a_driver_of_ours_has_a_tpm_if_its_owner_allows_that(sp: RunningSp) -> None:
+    with agent_with(sp, 'tpm = "emulator"\n') as agent:
+        job = "echo version $(cat /sys/class/tpm/tpm0/tpm_version_major)\nsleep 1000"
+        Initramfs(job).write(agent.directory / "images" / "default.initramfs")
+        vm_id, forbidden = agent.new_vm(), uuid.uuid4()
+        agent.order(forbidden, "defined")
+        agent.provision(forbidden, msgspec.structs.replace(ANYTHING, direct_path_only=True))
+
+        agent.order(vm_id, "running")
+        with pytest.raises(DirectPathOnly):
+            agent.order(forbidden, "running")
+        serial = agent.directory / "vms" / str(vm_id) / "serial"
+        agent.wait(vm_id, lambda _report: serial.exists() and "version 2\n" in serial.read_text())
+        with pytest.raises(MachineFailed, match="QEMU refuses migrate"):
+            agent.order(vm_id, "hibernated")
+        assert agent.report(vm_id).machine == "running"
+        agent.order(vm_id, "running")
+        qemu = qemu_of(agent, vm_id)
+        assert qemu is not None
+        os.kill(qemu, signal.SIGKILL)
+        agent.wait_running(vm_id, boots=2)

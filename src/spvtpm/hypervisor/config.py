@@ -23,6 +23,8 @@ class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         program: QEMU.
         accelerator: `kvm`, `tcg`, or `auto`: KVM if the host has it.
+        tpm: `direct`: guests have a driver for the direct path, and their VM keys; `emulator`: they see an ordinary TPM, and the
+            host sees all that they do with it, if their owners allow that.
         memory_mib: each guest's memory.
         cpus: each guest's processors.
         kernel: a Linux kernel that all guests boot, from the agent's directory on; empty: their disks boot.
@@ -32,6 +34,7 @@ class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     program: Annotated[str, Meta(min_length=1, max_length=4096)] = "qemu-system-x86_64"
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    tpm: Literal["direct", "emulator"] = "direct"
     memory_mib: Annotated[int, Meta(ge=64, le=1 << 20)] = 1024
     cpus: Annotated[int, Meta(ge=1, le=64)] = 1
     kernel: Annotated[str, Meta(max_length=4096)] = ""
@@ -101,6 +104,7 @@ _EXPLANATIONS: Final = """\
 # vm_uids = [200000, 1000]  # user ids that belong to VMs: the first, and how many; default: none
 # [qemu]                    # VMs are guests of QEMU; without this table, they are emulated. It has to be the last
 # accelerator = "auto"      # or "kvm", or "tcg"; auto: KVM if there is any
+# tpm = "direct"            # or "emulator": an ordinary TPM, whose commands the host sees
 # memory_mib = 1024         # each guest's memory
 # cpus = 1                  # each guest's processors
 # kernel = ""               # a Linux kernel that all guests boot; default: their disks boot

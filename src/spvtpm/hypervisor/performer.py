@@ -117,9 +117,9 @@ class Performer:
                 await self._sp.admit(vm_id)
                 self._admitted_to = instance
             case Step.LAUNCH:
-                await self._begin(LaunchVm(vm_id=vm_id, vm_uid=await machine.prepare()))
+                await self._begin(LaunchVm(vm_id=vm_id, vm_uid=await machine.prepare(), emulated=machine.by_emulator))
             case Step.START:
-                await self._begin(StartVm(vm_id=vm_id, vm_uid=await machine.prepare()))
+                await self._begin(StartVm(vm_id=vm_id, vm_uid=await machine.prepare(), emulated=machine.by_emulator))
             case Step.RESET:
                 await self._begin(ResetVm(vm_id=vm_id))
             case Step.STOP:

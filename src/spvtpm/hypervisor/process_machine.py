@@ -66,6 +66,11 @@ class ProcessMachine:
         """Of its process."""
         return self._process.pid if self._process is not None else None
 
+    @property
+    def by_emulator(self) -> bool:
+        """Whether its boots reach the vTPM by the TPM emulator interface."""
+        return False
+
     async def prepare(self) -> int | None:
         """Makes room for it; tells as which user it will run.
 

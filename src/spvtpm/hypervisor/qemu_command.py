@@ -98,7 +98,10 @@ def qemu_command(config: QemuConfig, images: Images, own: Path, boot: Boot) -> l
         command += ["-initrd", str(images.initramfs)]
     if images.disk is not None:
         command += ["-drive", f"file={_escaped(images.disk)},format=qcow2,if=virtio"]
-    if boot.interface is not None:
+    if boot.interface is not None and config.tpm == "emulator":
+        command += ["-chardev", f"socket,id=vtpm,path={_escaped(boot.interface)}"]
+        command += ["-tpmdev", "emulator,id=tpm,chardev=vtpm", "-device", "tpm-crb,tpmdev=tpm"]
+    elif boot.interface is not None:
         command += ["-chardev", f"socket,id=vtpm,path={_escaped(boot.interface)}"]
         # The master's machine can be saved; a peer's cannot. It is no master of anybody, for it is the only peer.
         command += ["-device", "ivshmem-doorbell,chardev=vtpm,vectors=1,master=on"]

@@ -1,4 +1,4 @@
-"""The second kind of machine: a guest under QEMU, with its vTPM on the direct path.
+"""The second kind of machine: a guest under QEMU, with its vTPM on the direct path, or as a device of QEMU's.
 
 Below the agent's directory, for each VM:
 
@@ -73,6 +73,11 @@ class QemuVm(ProcessMachine):
         self._monitor: QemuMonitor | None = None
         self._serial: asyncio.Task[None] | None = None
         self._hanging_up: asyncio.Task[None] | None = None
+
+    @property
+    def by_emulator(self) -> bool:
+        """Whether its boots reach the vTPM by the TPM emulator interface."""
+        return self._config.tpm == "emulator"
 
     async def adopt(self) -> None:
         """Takes over a machine that an agent which has died had started; one that does not answer is ended."""

@@ -71,6 +71,10 @@ class VirtualMachine(Protocol):
     def image(self) -> Path:
         """Where its memory is while it is suspended, and after; a file of ciphertext, or none."""
 
+    @property
+    def by_emulator(self) -> bool:
+        """Whether its boots reach the vTPM by the TPM emulator interface, in clear, instead of by the direct path."""
+
     async def adopt(self) -> None:
         """Takes over a machine that was started by an agent that has died, if it still runs.
 
