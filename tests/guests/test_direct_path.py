@@ -111,6 +111,10 @@ def test_a_guest_has_its_vtpm_as_dev_tpm_and_its_host_sees_ciphertext_alone(sp: 
         assert pcr_in(guest.tool(f"tpm2_pcrread sha256:{PCR}")) == bytes(32)
         assert guest.tool(f"tpm2_nvread {NV_INDEX:#x} -C o -s {len(SECRET)}").strip() == SECRET.decode()
 
+        # Parked, its vTPM has no process; a ring of the guest's brings it back.
+        sp.info(messages.ParkVtpm(vm_id=vm_id))
+        assert len(guest.tool("tpm2_getrandom --hex 32").strip()) == 64
+
         # Neither the TPM nor the kernel gives a higher locality than 0.
         code, said = guest.run(f"tpm2 pcrreset {DRTM_PCR} -T {TCTI}")
         assert code != 0

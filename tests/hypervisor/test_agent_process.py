@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from spvtpm.hypervisor.agent import HostAgent, address_of, initialise
-from spvtpm.hypervisor.config import AgentConfig
+from spvtpm.hypervisor.config import AgentConfig, QemuConfig
 from spvtpm.wire import agent_api, machine_control
 from spvtpm.wire.errors import AlreadyExists, ConfigError, StateInUse, StorageError
 from tests.cloud_stack import Daemon, spvtpm
@@ -126,10 +126,10 @@ def test_a_directory_with_a_long_path_is_refused(state_directory: Path) -> None:
 
 def test_every_configuration_key_is_explained_with_its_default() -> None:
     page = (_DOCS / "how-to" / "run-a-host-agent.md").read_text()
-    for field in msgspec.structs.fields(AgentConfig):
+    for field in (*msgspec.structs.fields(AgentConfig), *msgspec.structs.fields(QemuConfig)):
         row = re.search(rf"(?m)^\| `{field.name}` \| ([^|]+) \|", page)
         assert row, field.name
-        has_default = field.default not in (msgspec.NODEFAULT, "") and field.default_factory is msgspec.NODEFAULT
+        has_default = field.default not in (msgspec.NODEFAULT, "", None) and field.default_factory is msgspec.NODEFAULT
         assert row[1] == (str(field.default) if has_default else "–"), field.name
 
 

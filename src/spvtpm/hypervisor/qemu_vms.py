@@ -12,6 +12,7 @@ from spvtpm.hypervisor.process_machine import make_directory, vms_in
 from spvtpm.hypervisor.qemu_command import MARK
 from spvtpm.hypervisor.qemu_vm import QemuVm
 from spvtpm.hypervisor.vm_users import VmUsers
+from spvtpm.wire.errors import ConfigError
 
 
 class QemuVms:
@@ -23,6 +24,7 @@ class QemuVms:
         config: of QEMU.
 
     Raises:
+        ConfigError: its path has a comma, and could not be found again in a command line of QEMU's.
         StorageError: the directory cannot be used.
     """
 
@@ -31,6 +33,8 @@ class QemuVms:
         self._users = users
         self._config = config
         self._left = find_machines(MARK)
+        if "," in str(directory):
+            raise ConfigError(f"{directory} has a comma in it: QEMU's machines could not be told apart")
         make_directory(directory)
 
     def machine(self, vm_id: uuid.UUID, on_end: Callable[[], None]) -> QemuVm:
