@@ -44,6 +44,7 @@ COMMANDS = [
     ("guest", "new-key"),
     ("guest", "tcti"),
     ("guest", "serve"),
+    ("guest", "device"),
     ("guest", "machine"),
     *(("agent", name) for name in ("init", "address", "run")),
     *(
@@ -575,3 +576,11 @@ def test_a_vendor_makes_and_revokes_chips(tmp_path: Path) -> None:
     assert "no chip" in complaint(3, "vendor", "revoke", vendor, "00" * 16)
     assert "is no chip id" in complaint(2, "vendor", "revoke", vendor, "xyz")
     assert "exists already" in complaint(3, "vendor", "init", vendor, "--name", "Another")
+
+
+def test_a_machine_without_an_interface_gets_no_tpm(tmp_path: Path) -> None:
+    key = tmp_path / "vm.key"
+    create_vm_key(key)
+    result = spvtpm("guest", "device", "--key", key)
+    assert result.returncode == 5
+    assert "this machine has no vTPM interface" in result.stderr
