@@ -49,7 +49,7 @@ packages="gcc libc6-dev libtpms-dev libssl-dev libseccomp-dev tpm2-tools libtss2
 # spin: the checker of models/.
 test_packages="libtss2-dev pkgconf swtpm swtpm-tools softhsm2 postgresql spin"
 # What runs the tests' guests.
-guest_packages="qemu-system-x86 libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu"
+guest_packages="qemu-system-x86 ovmf libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu"
 level=${1-}
 case $level in
 runtime) enough="runtime test dev fuzz" ;;

@@ -15,12 +15,19 @@ QEMU = shutil.which("qemu-system-x86_64")
 _GUEST = Path(__file__).parents[2] / ".venv" / "guest"
 KERNEL = _GUEST / "vmlinuz"
 _MODULES = _GUEST / "modules"
-_BUSYBOX = _GUEST / "busybox"
+BUSYBOX = _GUEST / "busybox"
 HOOK_FUNCTIONS = _GUEST / "hook-functions"
+
+FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+FIRMWARE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 
 needs_guests = pytest.mark.skipif(
     QEMU is None or not (_GUEST / "ready").exists(),
     reason="QEMU (package qemu-system-x86) or the guests' kernel is missing: scripts/setup.sh dev gets both",
+)
+
+needs_firmware = pytest.mark.skipif(
+    not FIRMWARE.exists(), reason="guests' firmware (package ovmf) is missing: scripts/setup.sh dev gets it"
 )
 
 _DIRECTORY = 0o040755
@@ -50,7 +57,7 @@ class Initramfs:
         self._entries: dict[str, tuple[int, bytes]] = {}
         for directory in ("proc", "sys", "dev", "run", "tmp"):
             self._put(directory, _DIRECTORY, b"")
-        self.add("bin/busybox", _BUSYBOX.read_bytes(), program=True)
+        self.add("bin/busybox", BUSYBOX.read_bytes(), program=True)
         self.add("init", (_PRELUDE + init + "\npoweroff -f\n").encode(), program=True)
 
     def add(self, name: str, content: bytes, *, program: bool = False) -> None:

@@ -19,7 +19,8 @@ from spvtpm.hypervisor.machine_process import find_machines
 from spvtpm.wire.errors import DirectPathOnly, WrongState
 from spvtpm.wire.platform_errors import MachineFailed
 from tests.guests.direct_path import make_initramfs
-from tests.guests.kernel import KERNEL, Initramfs, needs_guests
+from tests.guests.kernel import FIRMWARE, FIRMWARE_VARIABLES, KERNEL, Initramfs, needs_firmware, needs_guests
+from tests.guests.measurements import EVENTS, SAY, Measured
 from tests.harness import RunningSp
 from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
 from tests.owner import ANYTHING
@@ -162,3 +163,27 @@ def test_a_guest_without_a_driver_of_ours_has_a_tpm_if_its_owner_allows_that(sp:
         assert qemu is not None
         os.kill(qemu, signal.SIGKILL)
         agent.wait_running(vm_id, boots=2)
+
+
+@needs_firmware
+@pytest.mark.claim("B1")
+def test_firmware_measures_a_guests_boot_and_keeps_variables_of_the_vm(sp: RunningSp, tmp_path: Path) -> None:
+    firmware = f'tpm = "emulator"\nfirmware = "{FIRMWARE}"\nfirmware_variables = "{FIRMWARE_VARIABLES}"\n'
+    with agent_with(sp, firmware) as agent:
+        Initramfs(SAY + "sleep 1000").write(agent.directory / "images" / "default.initramfs")
+        vm_id = agent.new_vm()
+        agent.order(vm_id, "running")
+        own = agent.directory / "vms" / str(vm_id)
+        serial = own / "serial"
+        agent.wait(
+            vm_id, lambda _report: serial.exists() and re.search(EVENTS, serial.read_text(errors="replace")) is not None
+        )
+        measured = Measured.of(serial.read_text().replace("\r", ""))
+        replayed = measured.replayed(tmp_path / "events")
+        assert replayed == {number: measured.pcrs[number] for number in replayed}
+        assert 4 in replayed
+
+        variables = own / "firmware-variables"
+        assert variables.stat().st_mode & 0o777 == 0o600
+        assert len(variables.read_bytes()) == FIRMWARE_VARIABLES.stat().st_size
+        assert variables.read_bytes() != FIRMWARE_VARIABLES.read_bytes(), "the firmware has written there"

@@ -27,6 +27,8 @@ class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             host sees all that they do with it, if their owners allow that.
         memory_mib: each guest's memory.
         cpus: each guest's processors.
+        firmware: code of UEFI firmware, from the agent's directory on; empty: QEMU's own BIOS.
+        firmware_variables: the variables that belong to it, which each VM gets a copy of before its first boot.
         kernel: a Linux kernel that all guests boot, from the agent's directory on; empty: their disks boot.
         append: its command line.
         images: directory of the guests' images, from the agent's on: VM.qcow2; with a kernel, VM.initramfs or default.initramfs.
@@ -37,6 +39,8 @@ class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tpm: Literal["direct", "emulator"] = "direct"
     memory_mib: Annotated[int, Meta(ge=64, le=1 << 20)] = 1024
     cpus: Annotated[int, Meta(ge=1, le=64)] = 1
+    firmware: Annotated[str, Meta(max_length=4096)] = ""
+    firmware_variables: Annotated[str, Meta(max_length=4096)] = ""
     kernel: Annotated[str, Meta(max_length=4096)] = ""
     append: Annotated[str, Meta(max_length=2048)] = "console=ttyS0"
     images: Annotated[str, Meta(min_length=1, max_length=4096)] = "images"
@@ -91,6 +95,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError("TLS needs both tls_certificate and tls_key")
         if self.endpoint() is None and self.tls_certificate:
             raise ConfigError("TLS is for HOST:PORT; who may use a unix socket, its permissions say")
+        if self.qemu is not None and bool(self.qemu.firmware) != bool(self.qemu.firmware_variables):
+            raise ConfigError("firmware of QEMU guests needs both firmware and firmware_variables")
 
 
 _EXPLANATIONS: Final = """\
@@ -107,6 +113,8 @@ _EXPLANATIONS: Final = """\
 # tpm = "direct"            # or "emulator": an ordinary TPM, whose commands the host sees
 # memory_mib = 1024         # each guest's memory
 # cpus = 1                  # each guest's processors
+# firmware = ""             # UEFI firmware: its code, "/usr/share/OVMF/OVMF_CODE_4M.fd"; default: QEMU's BIOS
+# firmware_variables = ""   # and its variables, "/usr/share/OVMF/OVMF_VARS_4M.fd": each VM gets a copy
 # kernel = ""               # a Linux kernel that all guests boot; default: their disks boot
 # append = "console=ttyS0"  # its command line
 # images = "images"         # directory: VM.qcow2; with a kernel, VM.initramfs or default.initramfs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from spvtpm.hypervisor.config import QemuConfig
+from spvtpm.hypervisor.qemu_firmware import VARIABLES, Firmware, find_firmware
 from spvtpm.hypervisor.virtual_machine import Boot
 from spvtpm.wire.platform_errors import MachineFailed
 
@@ -31,11 +32,13 @@ class Images:
         kernel: a Linux kernel, with `append` as its command line; None: its disk boots.
         initramfs: for the kernel.
         disk: a qcow2 image, which the VM writes to.
+        firmware: what boots them; None: QEMU's BIOS.
     """
 
     kernel: Path | None
     initramfs: Path | None
     disk: Path | None
+    firmware: Firmware | None = None
 
 
 def find_images(config: QemuConfig, directory: Path, vm_id: uuid.UUID) -> Images:
@@ -47,7 +50,7 @@ def find_images(config: QemuConfig, directory: Path, vm_id: uuid.UUID) -> Images
         vm_id: the VM.
 
     Raises:
-        MachineFailed: there is nothing to boot.
+        MachineFailed: there is nothing to boot, or firmware is missing.
     """
     images = directory / config.images
 
@@ -58,6 +61,7 @@ def find_images(config: QemuConfig, directory: Path, vm_id: uuid.UUID) -> Images
         kernel=directory / config.kernel if config.kernel else None,
         initramfs=first(f"{vm_id}.initramfs", "default.initramfs") if config.kernel else None,
         disk=first(f"{vm_id}.qcow2"),
+        firmware=find_firmware(config, directory),
     )
     if found.kernel is None and found.disk is None:
         raise MachineFailed(
@@ -92,6 +96,9 @@ def qemu_command(config: QemuConfig, images: Images, own: Path, boot: Boot) -> l
     command += ["-qmp", f"unix:{_escaped(monitor_of(own))},server=on,wait=off", "-sandbox", _SANDBOX]
     command += ["-chardev", f"ringbuf,id={SERIAL},size={SERIAL_BYTES}", "-serial", f"chardev:{SERIAL}"]
     command += ["-action", "reboot=shutdown"]  # each boot has to be one of the vTPM, too
+    if images.firmware is not None:
+        for unit, flash in enumerate((f"{_escaped(images.firmware.code)},readonly=on", _escaped(variables_of(own)))):
+            command += ["-drive", f"if=pflash,unit={unit},format=raw,file={flash}"]
     if images.kernel is not None:
         command += ["-kernel", str(images.kernel), "-append", config.append]
     if images.initramfs is not None:
@@ -113,6 +120,11 @@ def qemu_command(config: QemuConfig, images: Images, own: Path, boot: Boot) -> l
 def monitor_of(own: Path) -> Path:
     """Where its monitor listens."""
     return own / "qmp.sock"
+
+
+def variables_of(own: Path) -> Path:
+    """Where the variables of its firmware are: not in its own directory, which is cleared when the machine is gone."""
+    return own.with_name(VARIABLES)
 
 
 def _escaped(path: Path) -> str:

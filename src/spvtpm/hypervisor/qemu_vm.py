@@ -5,6 +5,7 @@ Below the agent's directory, for each VM:
     vms/<vm id>/boot       the boot that its machine takes part in
     vms/<vm id>/log        what QEMU says
     vms/<vm id>/serial     what the guest says on its serial console
+    vms/<vm id>/firmware-variables   of its UEFI firmware, if it has one
     vms/<vm id>/machine/   QEMU's own: its monitor; the image of the guest's memory, once it is suspended
 
 The guest has its VM key from its owner, in its image: QEMU is given none. Its memory, and so its image, is in clear as far as the
@@ -24,7 +25,8 @@ from typing import Final
 
 from spvtpm.hypervisor.config import QemuConfig
 from spvtpm.hypervisor.process_machine import ProcessMachine
-from spvtpm.hypervisor.qemu_command import SERIAL, SERIAL_BYTES, find_images, monitor_of, qemu_command
+from spvtpm.hypervisor.qemu_command import SERIAL, SERIAL_BYTES, find_images, monitor_of, qemu_command, variables_of
+from spvtpm.hypervisor.qemu_firmware import provide_variables
 from spvtpm.hypervisor.qemu_memory import InterfaceBeginning, load_memory, save_memory
 from spvtpm.hypervisor.qemu_monitor import Empty, KvmInfo, QemuMonitor, RunStatus
 from spvtpm.hypervisor.serial_log import SerialLog
@@ -100,18 +102,21 @@ class QemuVm(ProcessMachine):
         """Starts it; returns once the guest runs, which boots from then on.
 
         Raises:
-            MachineFailed: it did not come up.
+            MachineFailed: it did not come up, or there is nothing to boot.
             StorageError: there is no room for it.
         """
-        command = qemu_command(
-            self._config, find_images(self._config, self._directory.path.parents[1], self._vm_id), self._own, boot
-        )
+        images = find_images(self._config, self._directory.path.parents[1], self._vm_id)
+        command = qemu_command(self._config, images, self._own, boot)
         beginning = (
             await asyncio.to_thread(InterfaceBeginning, boot.interface) if boot.resumes and boot.interface else None
         )
         try:
             self._directory.make_room()
             await self._clear()
+            if images.firmware is not None:
+                await asyncio.to_thread(
+                    provide_variables, images.firmware, variables_of(self._own), self._directory.uid
+                )
             self._directory.note_boot(boot)
             self._boots = boot.boots
             self._spawn(command)

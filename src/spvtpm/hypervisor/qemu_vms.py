@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from spvtpm.hypervisor.qemu_command import MARK
 from spvtpm.hypervisor.qemu_vm import QemuVm
 from spvtpm.hypervisor.vm_users import VmUsers
 from spvtpm.wire.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class QemuVms:
@@ -35,6 +38,8 @@ class QemuVms:
         self._left = find_machines(MARK)
         if "," in str(directory):
             raise ConfigError(f"{directory} has a comma in it: QEMU's machines could not be told apart")
+        if config.firmware and config.tpm == "direct":
+            log.warning("guests' firmware measures nothing: on the direct path it finds no TPM")
         make_directory(directory)
 
     def machine(self, vm_id: uuid.UUID, on_end: Callable[[], None]) -> QemuVm:
