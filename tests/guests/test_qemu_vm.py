@@ -40,6 +40,13 @@ while :; do
 done
 """
 
+UNTIL_POWERED_OFF = """
+for device in /dev/input/event*; do
+    (head -c 24 $device >/dev/null && poweroff -f) &
+done
+wait
+"""
+
 CONFIG = f"""
 [qemu]
 accelerator = "tcg"
@@ -170,7 +177,9 @@ def test_a_guest_without_a_driver_of_ours_has_a_tpm_if_its_owner_allows_that(sp:
 def test_firmware_measures_a_guests_boot_and_keeps_variables_of_the_vm(sp: RunningSp, tmp_path: Path) -> None:
     firmware = f'tpm = "emulator"\nfirmware = "{FIRMWARE}"\nfirmware_variables = "{FIRMWARE_VARIABLES}"\n'
     with agent_with(sp, firmware) as agent:
-        Initramfs(SAY + "sleep 1000").write(agent.directory / "images" / "default.initramfs")
+        image = Initramfs(f". /etc/modules.sh\n{SAY}{UNTIL_POWERED_OFF}")
+        image.add("etc/modules.sh", image.add_modules("button", "evdev").encode())
+        image.write(agent.directory / "images" / "default.initramfs")
         vm_id = agent.new_vm()
         agent.order(vm_id, "running")
         own = agent.directory / "vms" / str(vm_id)
@@ -187,3 +196,5 @@ def test_firmware_measures_a_guests_boot_and_keeps_variables_of_the_vm(sp: Runni
         assert variables.stat().st_mode & 0o777 == 0o600
         assert len(variables.read_bytes()) == FIRMWARE_VARIABLES.stat().st_size
         assert variables.read_bytes() != FIRMWARE_VARIABLES.read_bytes(), "the firmware has written there"
+        agent.order(vm_id, "stopped")
+        assert variables.exists()
