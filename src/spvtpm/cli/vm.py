@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from spvtpm.cli.attestations import Questions, print_attested, refuse
 from spvtpm.cli.parts import INTERRUPTED, Json, print_json
 from spvtpm.cli.platform_parts import at_platform
 from spvtpm.cli.terminal_parts import Own, print_vms
@@ -27,7 +28,7 @@ vm_app = App(
 )
 
 Name = Annotated[str, Parameter(help="The VM's name in your keyring.")]
-_NO_KEYRING, _ANY, _NEW = Own(), Wishes(), NewVm()
+_NO_KEYRING, _ANY, _NEW, _USUAL = Own(), Wishes(), NewVm(), Questions()
 Stay = Annotated[
     bool, Parameter(negative="", help="Leave the vTPM at the secure processor, rather than bring it home in a file.")
 ]
@@ -272,6 +273,22 @@ def publish_pcrs(name: Name, /, *, own: Own = _NO_KEYRING, json: Json = False) -
         print_json(pcrs)
     else:
         print(f"published: {', '.join(f'{len(values)} PCRs of {bank}' for bank, values in sorted(pcrs.banks.items()))}")
+
+
+@vm_app.command
+def attest(name: Name, /, *, questions: Questions = _USUAL, own: Own = _NO_KEYRING, json: Json = False) -> None:
+    """Have a running VM's vTPM attest the VM's boot: its PCRs, signed for this moment by a key that no other TPM has.
+
+    Example: spvtpm vm attest web --pcrs sha256:0,1,2,7 --policy expected.json
+
+    Exit code 0: it is this VM's vTPM, and the PCRs are as the policy has it, if there is one. 3: it is not, or they are not.
+    The VM needs tpm2-tools.
+    """
+    expected = questions.expected()
+    with at_platform(own, json) as site:
+        attested = questions.ask(site, name, expected)
+    print_attested(attested, json)
+    refuse(attested)
 
 
 @vm_app.command

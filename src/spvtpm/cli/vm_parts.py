@@ -200,7 +200,7 @@ def run_here(site: Site, name: str, command: Sequence[str]) -> int:
         streams[stream].flush()
 
     owned = site.keyring.owned(name)
-    return run_in_vm(site, owned, command, write, sys.stdin.fileno(), tell_waiting=lambda: _tell_waiting(name))
+    return run_in_vm(site, owned, command, write, sys.stdin.fileno(), tell_waiting=lambda: tell_waiting(name))
 
 
 def run_quietly(site: Site, name: str, command: Sequence[str]) -> tuple[int, bytes, bytes]:
@@ -214,11 +214,11 @@ def run_quietly(site: Site, name: str, command: Sequence[str]) -> tuple[int, byt
         if len(written[stream]) > _MAX_QUIET_BYTES:
             raise MessageError(f"the command has written more than {_MAX_QUIET_BYTES} bytes")
 
-    code = run_in_vm(site, site.keyring.owned(name), command, write, tell_waiting=lambda: _tell_waiting(name))
+    code = run_in_vm(site, site.keyring.owned(name), command, write, tell_waiting=lambda: tell_waiting(name))
     return code, bytes(written["stdout"]), bytes(written["stderr"])
 
 
-def _tell_waiting(name: str) -> None:
+def tell_waiting(name: str) -> None:
     """To a person alone: what a script reads of stderr is the command's."""
     if sys.stderr.isatty():
         print(f"{name} is moving to another host; waiting for it", file=sys.stderr)

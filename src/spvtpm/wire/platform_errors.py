@@ -1,4 +1,4 @@
-"""Errors of the cloud platform and its agents: what can go wrong between them and their users, in the tree of `errors.py`."""
+"""Errors of the cloud platform, its agents and VMs: what can go wrong between them and users, in the tree of `errors.py`."""
 
 from __future__ import annotations
 
@@ -129,3 +129,13 @@ class CommandNotBegun(PolicyError):
 
     code = "not-begun"
     hint = "Nothing was run. Say it again: if the VM has moved to another host, it runs there."
+
+
+class EvidenceRefused(PolicyError):
+    """What a VM shows as its vTPM's evidence does not show what it has to."""
+
+    code = "evidence"
+    hint = (
+        "Trust nothing that this VM says of its boot until that is explained. "
+        "If it shows nothing at all, look whether it has tpm2-tools: `spvtpm vm exec NAME -- tpm2_send --version`."
+    )
