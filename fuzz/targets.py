@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.attestation_targets import ATTESTATION_TARGETS
 from fuzz.certificate_targets import CERTIFICATE_TARGETS
 from fuzz.channel_targets import CHANNEL_TARGETS
 from fuzz.instance_targets import INSTANCE_TARGETS
@@ -24,6 +25,7 @@ TARGETS: dict[str, Target] = {
         *MACHINE_TARGETS,
         *INSTANCE_TARGETS,
         *CERTIFICATE_TARGETS,
+        *ATTESTATION_TARGETS,
         *INTERFACE_TARGETS,
         *STORAGE_TARGETS,
         *TPM_TARGETS,

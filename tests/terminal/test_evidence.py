@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from spvtpm.terminal.appraisal import parse_selection
 from spvtpm.terminal.evidence import converse, gather
 from spvtpm.wire.errors import InterfaceError, MessageError
 from spvtpm.wire.platform_errors import EvidenceRefused
 from spvtpm.wire.quotes import parse_quote
 from spvtpm.wire.tpm_structures import sized
 from tests import tpm_commands as tpm
-from tests.attesting import FEW, MANY, Attester, attester
+from tests.attesting import MANY, Attester, attester
 from tests.clients.tools import Tools
 from tests.harness import RunningSp
 
@@ -106,8 +105,3 @@ def test_a_tpm_that_refuses_is_named_with_the_command(vtpm: Attester) -> None:
         vtpm.show(lambda _command: FAILURE)
     with pytest.raises(MessageError):
         vtpm.show(lambda _command: b"no TPM")
-
-
-def test_selections_are_said_as_tpm2_tools_have_them() -> None:
-    assert parse_selection("sha256:16,7,0") == FEW
-    assert FEW.encode().hex() == "00000001000b03810001"

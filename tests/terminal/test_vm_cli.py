@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -9,13 +10,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spvtpm.terminal import vm_attestation
 from spvtpm.terminal.platform_relay import PlatformRelay
-from spvtpm.wire.errors import ChannelError
+from spvtpm.wire.errors import ChannelError, MessageError
+from spvtpm.wire.event_log import MAX_LOG_BYTES
 from spvtpm.wire.messages import GetStatus, Status
+from spvtpm.wire.tpm_structures import sized
+from tests.attesting import FEW, log_event, log_head
+from tests.clients.tools import Tools
 from tests.cloud_stack import SPVTPM, CloudStack, CloudUser
+
+COLUMNS = 80
+EVENTS = ((0, 8, "firmware 1\0".encode("utf-16-le")), (7, 0x80000007, b"Secure Boot"), (7, 4, bytes(4)))
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +176,98 @@ def test_a_base_installation_says_what_is_missing(alice: CloudUser) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, "pip install 'spvtpm[platform]'" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.fixture(scope="module")
+def booted(alice: CloudUser) -> CloudUser:
+    """Alice, with a VM `measured` that has booted as `EVENTS` say."""
+    alice.run("vm", "create", "measured")
+    extended = [f"{pcr}:sha256={hashlib.sha256(data).hexdigest()}" for pcr, _, data in EVENTS]
+    alice.run("vm", "exec", "measured", "--", "tpm2_pcrextend", *extended)
+    log = log_head() + b"".join(log_event(*event) for event in EVENTS)
+    alice.run("vm", "exec", "measured", "--", "sh", "-c", "cat > log", stdin=log)
+    return alice
+
+
+def attest(user: CloudUser, code: int, *words: str) -> dict[str, Any]:
+    done = user.attempt("vm", "attest", "measured", *words, "--json")
+    assert done.returncode == code, done
+    told: dict[str, Any] = json.loads(done.stdout or done.stderr.splitlines()[-1])
+    return told
+
+
+@pytest.mark.claim("C7")
+def test_a_result_becomes_the_policy_for_the_next_and_a_change_is_refused(booted: CloudUser, tmp_path: Path) -> None:
+    genuine = attest(booted, 0, "--pcrs", "sha256:0,1,16")
+    assert (genuine["verdict"], genuine["reasons"]) == ("genuine", [])
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"pcrs": genuine["pcrs"]}))
+    assert attest(booted, 0, "--policy", str(policy))["verdict"] == "trusted"
+    booted.run("vm", "exec", "measured", "--", "tpm2_pcrextend", f"16:sha256={'ab' * 32}")
+    refused = attest(booted, 3, "--policy", str(policy), "--pcrs", "sha256:2")
+    assert (refused["verdict"], refused["reasons"]) == ("refused", ["PCR 16 of sha256 is not as expected"])
+    assert {(pcr["index"], pcr["expected"]) for pcr in refused["judged"]} == {
+        (0, True),
+        (1, True),
+        (2, None),
+        (16, False),
+    }
+    policy.write_text("{}")
+    assert attest(booted, 2, "--policy", str(policy))["error"] == "usage"
+
+
+@pytest.mark.claim("C7")
+def test_the_result_holds_what_tpm2_checkquote_checks(booted: CloudUser, tmp_path: Path) -> None:
+    told, tools = attest(booted, 0), Tools("none", tmp_path)
+    evidence = told["evidence"]
+    tools.write("ak.pub", sized(bytes.fromhex(evidence["ak_public"])))
+    tools.write("quote", bytes.fromhex(evidence["attested"]))
+    tools.write("signature", bytes.fromhex(evidence["signature"]))
+    words = ("-u", "ak.pub", "-m", "quote", "-s", "signature", "-g", "sha256", "-q", evidence["nonce"])
+    tools.run("tpm2_checkquote", *words)
+
+
+@pytest.mark.claim("C7")
+def test_an_event_log_explains_the_pcrs_or_is_refused(booted: CloudUser) -> None:
+    told = attest(booted, 0, "--event-log", "--event-log-path", "log")
+    assert [(event["pcr"], event["words"]) for event in told["event_log"]] == [
+        (0, "firmware 1"),
+        (7, "Secure Boot"),
+        (7, ""),
+    ]
+    assert {pcr["index"] for pcr in told["judged"] if pcr["logged"]} == {0, 7}
+    assert attest(booted, 3, "--event-log")["error"] == "evidence"  # where Linux would have it, this VM has none
+    head, first = log_head(), log_event(*EVENTS[0])
+    with booted.site() as site:
+        for name, log in {
+            "lie": head + first + log_event(7, 4, bytes(4)),
+            "cut": head + first[:-1],
+            "long": None,
+        }.items():
+            write = f"cat > {name}" if log else f"head -c {2 * MAX_LOG_BYTES} /dev/zero > {name}"
+            booted.run("vm", "exec", "measured", "--", "sh", "-c", write, stdin=log or b"")
+            if name == "lie":
+                reasons = vm_attestation.attest(site, "measured", FEW, log_path=name).appraisal.reasons
+                assert reasons == ["PCR 7 of sha256 is not what the event log gives"]
+                continue
+            with pytest.raises(MessageError):
+                vm_attestation.attest(site, "measured", FEW, log_path=name)
+
+
+@pytest.mark.claim("C7")
+def test_a_person_reads_it_in_80_columns(booted: CloudUser) -> None:
+    printed = booted.run("vm", "attest", "measured", "--event-log", "--event-log-path", "log").decode()
+    assert printed.startswith("measured: genuine\n")
+    assert max(map(len, printed.splitlines())) <= COLUMNS
+    assert "Secure Boot" in printed and "explained by the event log" in printed
+
+
+@pytest.mark.claim("C7")
+def test_a_vtpm_that_has_moved_shows_the_same_key_of_the_chip_that_made_it(booted: CloudUser) -> None:
+    before = attest(booted, 0)
+    booted.run("vm", "migrate", "measured", "--auto")
+    after = attest(booted, 0)
+    assert after["endorser"] == before["endorser"]
+    assert after["attester"] != before["attester"]
+    booted.run("vm", "shutdown", "measured")
+    assert attest(booted, 3)["error"] == "wrong-state"

@@ -73,12 +73,14 @@ def print_attested(attested: Attested, json: bool) -> None:
     if json:
         print_json(_as_dict(attested))
         return
-    appraisal, quote = attested.appraisal, attested.evidence.quote
+    appraisal, endorsed, quote = attested.appraisal, attested.endorsed, attested.evidence.quote
     print(f"{attested.owned.name}: {appraisal.verdict}")
     for reason in appraisal.reasons:
         print(f"  ! {reason}")
-    _tell("attester", f"vTPM {attested.vtpm_id}, at chip {attested.here.chip_id.hex()}")
-    _tell("endorser", f"{attested.endorser}")
+    _tell(
+        "attester", f"vTPM {endorsed.vtpm_id}, at chip {endorsed.here.chip_id.hex()}{_path(endorsed.direct_path_only)}"
+    )
+    _tell("endorser", f"{endorsed.endorser}")
     _tell("evidence", "a quote for a new nonce by a new key of this vTPM, found by activating a credential for its EK")
     _tell(
         "clock",
@@ -134,6 +136,10 @@ def _print_event(event: Event) -> None:
     print(f"    {event.pcr:2}  {name:30} {words}"[:_COLUMNS].rstrip())
 
 
+def _path(direct_path_only: bool) -> str:
+    return "" if direct_path_only else "; its host can send it commands, too, and so measure what it likes (policy)"
+
+
 def _uptime(clock_ms: int) -> str:
     return str(timedelta(seconds=clock_ms // 1000))
 
@@ -151,10 +157,11 @@ def _as_dict(attested: Attested) -> dict[str, object]:
         "reasons": attested.appraisal.reasons,
         "attester": {
             "vm_id": str(attested.owned.vm_id),
-            "vtpm_id": str(attested.vtpm_id),
-            "chip": _chip(attested.here),
+            "vtpm_id": str(attested.endorsed.vtpm_id),
+            "direct_path_only": attested.endorsed.direct_path_only,
+            "chip": _chip(attested.endorsed.here),
         },
-        "endorser": {"chip": _chip(attested.endorser), "ek_certificate": attested.ek.encode().hex()},
+        "endorser": {"chip": _chip(attested.endorsed.endorser), "ek_certificate": attested.endorsed.ek.encode().hex()},
         "evidence": {
             "nonce": evidence.nonce.hex(),
             "ak_public": evidence.ak.public.hex(),

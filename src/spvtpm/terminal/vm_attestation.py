@@ -1,9 +1,9 @@
 """A running VM's vTPM is attested: its chip, its EK's certificate, its quote, its firmware's log.
 
 In the words of RFC 9334: the vTPM in the VM is the attester, and what it quotes the evidence. The chip that has made it and the
-chip's vendor are the endorsers, the EK's certificate and the chip's chain their endorsements. The terminal is verifier and relying
-party at once. The endorsements come through the confidential channel from a chip that was verified; the evidence comes through the
-VM's console, from whatever runs in the VM: all that this can do is fail.
+chip's vendor are the endorsers, the EK's certificate and the chip's chain their endorsements. The terminal is verifier and
+relying party at once. The endorsements come through the confidential channel from a chip that was verified; the evidence comes
+through the VM's console, from whatever runs in the VM: all that this can do is fail.
 """
 
 from __future__ import annotations
@@ -44,25 +44,38 @@ _MAX_COMPLAINT_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Endorsed:
+    """What chips say of a vTPM, verified.
+
+    Attributes:
+        vtpm_id: the attester.
+        direct_path_only: whether the vTPM takes commands from nobody but the VM. If not, the host can measure what it likes.
+        here: the chip where it runs.
+        endorser: the chip that has made it, and certified its EK.
+        ek: that certificate.
+    """
+
+    vtpm_id: uuid.UUID
+    direct_path_only: bool
+    here: Verified
+    endorser: Verified
+    ek: EkCertificate
+
+
+@dataclass(frozen=True, slots=True)
 class Attested:
     """What came of it.
 
     Attributes:
         owned: the VM.
-        vtpm_id: the attester.
-        here: the chip where it runs, verified.
-        endorser: the chip that has made the vTPM, and certified its EK.
-        ek: that certificate.
+        endorsed: what chips say of its vTPM.
         evidence: what the vTPM has shown.
         log: the firmware's, if it was asked for.
         appraisal: what to think of it.
     """
 
     owned: OwnedVm
-    vtpm_id: uuid.UUID
-    here: Verified
-    endorser: Verified
-    ek: EkCertificate
+    endorsed: Endorsed
     evidence: Evidence
     log: EventLog | None
     appraisal: Appraisal
@@ -94,14 +107,14 @@ def attest(
         SpvtpmError: something is malformed, away, or refuses.
     """
     owned = site.keyring.owned(name)
-    vtpm_id, here, endorser, ek = _endorse(site, owned)
-    evidence = _Talk(gather(ek, selection)).hold(site, owned, tell_waiting)
+    endorsed = _endorse(site, owned)
+    evidence = _Talk(gather(endorsed.ek, selection)).hold(site, owned, tell_waiting)
     log = None if log_path is None else parse_event_log(_read(site, owned, log_path, tell_waiting))
-    return Attested(owned, vtpm_id, here, endorser, ek, evidence, log, appraise(evidence.pcrs, expected, log))
+    return Attested(owned, endorsed, evidence, log, appraise(evidence.pcrs, expected, log))
 
 
-def _endorse(site: Site, owned: OwnedVm) -> tuple[uuid.UUID, Verified, Verified, EkCertificate]:
-    """The vTPM's id, the chip where it runs, the one that made it, and the certificate of its EK; from the former, verified."""
+def _endorse(site: Site, owned: OwnedVm) -> Endorsed:
+    """Asks the chip where the VM runs."""
     seen: list[Verified] = []
     tell_verified = site.tell_verified
 
@@ -121,7 +134,7 @@ def _endorse(site: Site, owned: OwnedVm) -> tuple[uuid.UUID, Verified, Verified,
     ek = next((certificate for certificate in certificates if certificate.template is ECC_P256), None)
     if ek is None:
         raise EvidenceRefused(f"the chip has certified no {ECC_P256.name} of the vTPM")
-    return endorsement.vtpm_id, here, endorser, ek
+    return Endorsed(endorsement.vtpm_id, vm.policy.direct_path_only, here, endorser, ek)
 
 
 class _Enough(Exception):
