@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -63,8 +66,18 @@ def test_a_quote_longer_than_any_is_not_looked_at() -> None:
         parse_quote(bytes(MAX_ATTEST_BYTES + 1))
 
 
-READERS = (tpm.created, tpm.started, tpm.activated, tpm.quoted, tpm.values_read)
+READERS: Final[Sequence[Callable[[Reader], object]]] = (
+    tpm.created,
+    tpm.started,
+    tpm.activated,
+    tpm.quoted,
+    tpm.values_read,
+)
 GOOD = said("attested"), said("ak-public"), said("signature"), SELECTION.encode() + bytes(70)
+
+
+def read_answer(read: Callable[[Reader], object], response: bytes) -> None:
+    read(tpm.start_policy_session(bytes(32)).answer(response))
 
 
 @pytest.mark.attack("A25")
@@ -73,12 +86,12 @@ def test_hostile_bytes_end_in_typed_errors(good: bytes, at: int, damage: bytes) 
     data = good[:at] + damage + good[at + len(damage) :]
     ak = parse_ak(said("ak-public"))
     response = bytes.fromhex("8001") + (10 + len(data)).to_bytes(4, "big") + bytes(4) + data
-    attempts = [
+    attempts: list[Callable[[], object]] = [
         lambda: parse_quote(data),
         lambda: parse_ak(data),
         lambda: ak.verify(data, said("attested")),
         lambda: tpm.start_policy_session(bytes(32)).answer(data),
-        *(lambda read=read: read(tpm.start_policy_session(bytes(32)).answer(response)) for read in READERS),
+        *(partial(read_answer, read, response) for read in READERS),
     ]
     for attempt in attempts:
         try:
