@@ -262,6 +262,24 @@ def test_a_person_reads_it_in_80_columns(booted: CloudUser) -> None:
     assert "Secure Boot" in printed and "explained by the event log" in printed
 
 
+@pytest.mark.attack("A32")
+def test_a_host_that_has_another_vm_attest_in_its_place_is_refused(cloud: CloudStack, booted: CloudUser) -> None:
+    said = booted.run_json("vm", "show", "measured")["platform_says"]
+    (other,) = booted.run_json("vm", "create", "liar", "--host", said["host"])
+    host = next(host for host in cloud.hosts if host.name == said["host"])
+    consoles = {
+        vm_id: next(path for path in host.agent_state.rglob("console.sock") if vm_id in str(path))
+        for vm_id in (said["vm_id"], other["vm_id"])
+    }
+    console = consoles[said["vm_id"]]
+    aside = console.rename(console.with_suffix(".aside"))
+    console.symlink_to(consoles[other["vm_id"]])
+    assert attest(booted, 5)["error"] == "channel"  # the two have not one key
+    aside.replace(console)
+    assert attest(booted, 0)["attester"]["vm_id"] == said["vm_id"]
+    booted.run("vm", "destroy", "liar", "--yes")
+
+
 @pytest.mark.claim("C7")
 def test_a_vtpm_that_has_moved_shows_the_same_key_of_the_chip_that_made_it(booted: CloudUser) -> None:
     before = attest(booted, 0)
