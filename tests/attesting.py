@@ -49,11 +49,15 @@ def attester(sp: RunningSp) -> Iterator[Attester]:
     vm_id = sp.launch()
     with sp.driver(vm_id) as driver:
         ensure_started(driver.transmit)
-        endorsement = sp.call(messages.GetEndorsement(vm_id=vm_id))
-        assert isinstance(endorsement, messages.Endorsement)
-        der = endorsement.certificates[EK_TEMPLATES.index(ECC_P256)]
-        yield Attester(vm_id, driver.transmit, parse_ek_certificate(der))
+        yield Attester(vm_id, driver.transmit, ek_of(sp, vm_id))
     sp.destroy(vm_id)
+
+
+def ek_of(sp: RunningSp, vm_id: uuid.UUID) -> EkCertificate:
+    """The certificate of the P-256 EK of a VM's vTPM."""
+    endorsement = sp.call(messages.GetEndorsement(vm_id=vm_id))
+    assert isinstance(endorsement, messages.Endorsement)
+    return parse_ek_certificate(endorsement.certificates[EK_TEMPLATES.index(ECC_P256)])
 
 
 def log_head(banks: Sequence[str] = ("sha256",)) -> bytes:

@@ -103,6 +103,7 @@ COMMANDS = [
             "destroy",
             "exec",
             "publish-pcrs",
+            "attest",
             "events",
         )
     ),

@@ -10,6 +10,8 @@ from hashlib import sha1, sha256
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from tests.guests.machine import Guest
+
 # The kernel says nothing more on the console, and IMA measures each program before it runs. That has to be over for all programs
 # here before the log is read, and what is measured twice is one entry: busybox is one file.
 SAY = """
@@ -22,6 +24,15 @@ echo "ima=$(cat /sys/kernel/security/ima/ascii_runtime_measurements);"
 echo "events=$(base64 -w 0 /sys/kernel/security/tpm0/binary_bios_measurements);"
 """
 """What a guest's shell runs to say them; at the end of that it has said `events=…;`."""
+
+TRANSMIT = r"""
+exec 3<>/dev/tpmrm0
+while read -r command && [ "$command" != again ]; do
+    printf "$command" >&3
+    echo "answer=$(dd bs=4096 count=1 <&3 2>/dev/null | base64 -w 0);"
+done
+"""
+"""What it runs to give the kernel's resource manager commands that are entered, over one connection, and to say the answers."""
 
 EVENTS = r"\bevents=([A-Za-z0-9+/=]*);"
 
@@ -83,6 +94,13 @@ class Measured(NamedTuple):
         """SHA-256 of each file that IMA has measured, by its path."""
         fields = [line.split(" ") for line in self.ima]
         return {name: digest.removeprefix("sha256:") for _pcr, _hash, _template, digest, name, *_ in fields}
+
+
+def transmit(guest: Guest, command: bytes) -> bytes:
+    """One command to the vTPM of a guest that runs `TRANSMIT`; its answer."""
+    guest.said = ""
+    guest.enter("".join(f"\\{byte:03o}" for byte in command))
+    return base64.b64decode(guest.wait_for(r"\banswer=([A-Za-z0-9+/=]*);")[1])
 
 
 def _template_data(line: str) -> bytes:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from spvtpm.terminal.appraisal import DEFAULT_PCRS, appraise, parse_selection
+from spvtpm.terminal.evidence import converse, gather
+from spvtpm.wire.event_log import parse_event_log
+from tests.attesting import ek_of
 from tests.guests.kernel import BUSYBOX, FIRMWARE, FIRMWARE_VARIABLES, Initramfs, needs_firmware, needs_guests
 from tests.guests.machine import Guest
-from tests.guests.measurements import EVENTS, SAY, SCRIPT, Measured
+from tests.guests.measurements import EVENTS, SAY, SCRIPT, TRANSMIT, Measured, transmit
 from tests.harness import RunningSp
 
 pytestmark = [needs_guests, needs_firmware, pytest.mark.claim("B1")]
@@ -45,18 +49,26 @@ def _assert_log_leads_to_pcrs(measured: Measured, directory: Path) -> None:
 
 
 def test_firmware_and_kernel_log_what_the_vtpms_pcrs_hold_and_do_it_anew_after_a_reboot(directory: Path) -> None:
-    image = Initramfs(f"{SAY}read again && reboot -f").write(directory / "initramfs")
+    image = Initramfs(f"{SAY}{TRANSMIT}reboot -f").write(directory / "initramfs")
     with RunningSp(directory / "sp") as sp:
-        _vm_id, interface = sp.launch_emulated()
+        vm_id, interface = sp.launch_emulated()
         with Guest(image, _devices(directory, interface), APPEND, reboots=True) as guest:
             guest.wait_for(EVENTS)
             first = Measured.of(guest.said)
+            evidence = converse(
+                gather(ek_of(sp, vm_id), parse_selection(DEFAULT_PCRS)), lambda command: transmit(guest, command)
+            )
             guest.said = ""
             guest.enter("again")
             guest.wait_for(EVENTS)
             second = Measured.of(guest.said)
 
     _assert_log_leads_to_pcrs(first, directory)
+    assert [evidence.pcrs["sha256"][number] for number in range(11)] == first.pcrs
+    appraisal = appraise(evidence.pcrs, None, parse_event_log(first.events))
+    assert appraisal.verdict == "genuine"
+    assert {pcr.index for pcr in appraisal.pcrs if pcr.is_logged} == {*range(8), 9}
+
     explained = first.explained(directory / "events")
     assert sha256(image.read_bytes()).hexdigest() in explained, "the initramfs that was booted"
     command_line = f"console=ttyS0 quiet panic=-1 {APPEND} initrd=initrd\0"
