@@ -15,7 +15,7 @@ from spvtpm.wire.event_log import MAX_EVENTS, MAX_LOG_BYTES, parse_event_log
 from tests.attesting import log_event, log_head
 from tests.clients.tools import Tools
 
-SEPARATOR, NO_ACTION, ACTION, VERSION, VARIABLE, IPL = 4, 3, 0x80000007, 8, 0x80000001, 0xD
+SEPARATOR, NO_ACTION, ACTION, VERSION, VARIABLE, IPL, TAG = 4, 3, 0x80000007, 8, 0x80000001, 0xD, 6
 BANKS = ("sha1", "sha256", "sha384")
 
 
@@ -33,6 +33,7 @@ def usual(banks: tuple[str, ...] = BANKS) -> bytes:
             *(log_event(pcr, SEPARATOR, bytes(4), banks) for pcr in range(8)),
             log_event(5, ACTION, b"Exit Boot Services Invocation", banks),
             log_event(9, IPL, b"vmlinuz\0", banks, measured=b"the kernel"),
+            log_event(9, TAG, struct.pack("<II", 0x8F3B22EC, 13) + b"Linux initrd\0", banks, measured=b"the initrd"),
         ]
     )
 
@@ -62,6 +63,7 @@ def test_events_say_what_a_person_can_read_and_whether_it_was_measured() -> None
     assert (7, "EV_EFI_VARIABLE_DRIVER_CONFIG", "SecureBoot", True) in shown
     assert (5, "EV_EFI_ACTION", "Exit Boot Services Invocation", True) in shown
     assert (9, "EV_IPL", "vmlinuz", False) in shown  # the kernel was measured, not its name
+    assert (9, "EV_EVENT_TAG", "Linux initrd", False) in shown
     hostile = parse_event_log(log_head() + log_event(8, IPL, b"\x1b[2J") + log_event(8, 0x77, b"a" * 500)).events
     assert [(event.kind_name, len(event.words)) for event in hostile] == [("EV_IPL", 0), ("0x00000077", 56)]
 

@@ -24,6 +24,10 @@ MAX_LOG_BYTES: Final = 1 << 20
 MAX_EVENTS: Final = 4096
 
 _NO_ACTION: Final = 0x00000003
+_EVENT_TAG: Final = 0x00000006
+_TAG_BYTES: Final = 8
+"""What goes ahead of the data: the tag, and a length. Source: as above, section "TCG_PCClientTaggedEvent"."""
+
 _SHA1_BYTES: Final = 20
 _SIGNATURE, _LOCALITY = b"Spec ID Event03\0", b"StartupLocality\0"
 _FIRST_OF_ONES, _LAST_OF_ONES = 17, 22
@@ -38,7 +42,7 @@ _TYPES: Final = {
     _NO_ACTION: "EV_NO_ACTION",
     0x00000004: "EV_SEPARATOR",
     0x00000005: "EV_ACTION",
-    0x00000006: "EV_EVENT_TAG",
+    _EVENT_TAG: "EV_EVENT_TAG",
     0x00000007: "EV_S_CRTM_CONTENTS",
     0x00000008: "EV_S_CRTM_VERSION",
     0x00000009: "EV_CPU_MICROCODE",
@@ -106,6 +110,8 @@ class Event:
         data = self.data
         if self.kind in _VARIABLES:
             data = _variable_name(data)
+        elif self.kind == _EVENT_TAG:
+            data = data[_TAG_BYTES:]
         elif len(data) % 2 == 0 and data[1::2].strip(b"\0") == b"":
             data = data[::2]
         text = data.rstrip(b"\0").decode("ascii", "replace")
