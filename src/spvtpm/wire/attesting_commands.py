@@ -24,7 +24,7 @@ _NULL, _SHA256, _POLICY_SESSION = 0x0010, 0x000B, 0x01
 _PASSWORD: Final = struct.pack(">IHBH", _PASSWORD_SESSION, 0, 0, 0)
 """An authorization by the empty password: what hierarchies and keys have that nobody gave another one."""
 
-_MAX_PUBLIC_BYTES, _MAX_NONCE_BYTES, _MAX_SECRET_BYTES = 1024, 64, 64
+_MAX_PUBLIC_BYTES, _MAX_SECRET_BYTES = 1024, 64
 _MAX_VALUES = 8
 """So many digests are in one answer. Source: Part 2, section "TPML_DIGEST"."""
 
