@@ -24,7 +24,7 @@ from spvtpm.cloud.handoffs import Handoff
 from spvtpm.cloud.moves import MOVES, undo_move
 from spvtpm.cloud.settling import Settler
 from spvtpm.cloud.undertakings import NotCurrent, Undertaking, WentThrough
-from spvtpm.wire.agent_api import Order
+from spvtpm.wire.agent_api import HandoffReport, Order, VmReport
 from spvtpm.wire.errors import NotRunning, SpvtpmError
 from spvtpm.wire.platform_errors import OperationUnderWay
 from spvtpm.wire.problems import problem_of
@@ -34,6 +34,7 @@ from tests.cloud.platform_database import PlatformDatabase
 
 VM = uuid.UUID(int=1)
 Fault = Literal["lost", "answer lost"]
+Disturbance = tuple[str, int, str, Fault]
 
 
 _WAY = ("begin", "choose-destination", "depart", "arrive", "link", "hear", "go-on", "tell", "end", "look")
@@ -113,18 +114,26 @@ class Moves(RuleBasedStateMachine):
             max_size=4,
         ),
         left_out=st.one_of(
-            st.sets(st.sampled_from(["hear", "tell", "end", "look"]), min_size=1),
+            st.sets(st.sampled_from(["go-on", "hear", "tell", "end", "look"]), min_size=1),
             st.sets(st.sampled_from(_WAY), max_size=2),
         ),
+        ends=st.sampled_from(["give up", "end"]),
+        is_done_twice=st.booleans(),
     )
-    def migrate(self, far: int, ahead_of: dict[str, tuple[str, int, str, Fault]], left_out: set[str]) -> None:
+    def migrate(
+        self, far: int, ahead_of: dict[str, Disturbance], left_out: set[str], ends: str, is_done_twice: bool
+    ) -> None:
         """A migration, with something else ahead of some of its parts, and without others; `far` is its link."""
         for part in _WAY:
             if part in ahead_of:
                 what, late, host, fault = ahead_of[part]
                 self.happen(what, late, far, host, fault)
+            if part == "go-on" and is_done_twice:
+                self.read.extend(self._all_handoffs())
             if part not in left_out:
-                self.happen(part, 0, far, "h1", "lost")
+                self.happen(ends if part == "end" else part, 0, far, "h1", "lost")
+            if part == "go-on" and is_done_twice:
+                self.settle_slowly()
             self.never_two()
 
     def happen(self, what: str, late: int, far: int, host: str, fault: Fault) -> None:
@@ -189,7 +198,8 @@ class Moves(RuleBasedStateMachine):
         """A replica settles what it read a while ago."""
         read, self.read = self.read, []
         for handoff in read:
-            self.settler.settle_left_behind(handoff)
+            with suppress(SpvtpmError):
+                self.settler.tell(self.settler.decide(handoff))
 
     def _do(self, work: Undertaking, part: Callable[[Undertaking], None]) -> None:
         with self.platform.engine.connect() as connection:
@@ -301,3 +311,18 @@ TestMoves = pytest.mark.attack("A16")(pytest.mark.claim("C8")(Moves.TestCase))
 TestMoves.settings = settings(
     max_examples=60, stateful_step_count=6, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_the_end_of_an_earlier_handoff_is_not_heard_for_that_of_a_later_one() -> None:
+    kept = HandoffReport(handoff="1" * 32, outcome="kept", is_linked=False, copied_bytes=0, token="a" * 64)
+    report = VmReport(
+        vm_id=VM, sequence=3, want="running", machine="running", security_block=None, image=False, handoff=kept
+    )
+    agents = Agents()
+    with tempfile.TemporaryDirectory(prefix="spvtpm-") as directory:
+        platform = PlatformDatabase(f"sqlite:///{directory}/p.sqlite")
+        for named in (None, "2" * 32):
+            later = Handoff(uuid.UUID(int=2), VM, 5, "h1", "h2", named, "open", None, None, "", False)
+            assert Settler(platform.engine, agents).hear(later, report) is later
+        platform.close()
+    agents.close()

@@ -229,9 +229,11 @@ def test_a_move_to_which_no_link_comes_says_so(hosts: TwoHosts, vm_id: uuid.UUID
 
     assert (kept.handoff, kept.outcome) == (begun.handoff, "kept")
     assert kept.failure == "no link to the other host came in time, or the agent was started anew"
+    another = handoff_of(hosts.a.order(vm_id, "departing"))
+    assert another.outcome == "open" and another.handoff != begun.handoff
     hosts.a.order(vm_id, "running")
-    hosts.b.next_sequence()
-    hosts.b.next_sequence()
+    for _order in range(3):
+        hosts.b.next_sequence()
 
 
 def test_a_host_that_is_full_can_still_be_told_that_a_vm_does_not_come(hosts: TwoHosts, vm_id: uuid.UUID) -> None:
