@@ -209,6 +209,9 @@ class AgentDouble:
         if order.sequence < vm.sequence:
             self.refused.append((vm_id, order))
             raise Superseded(f"order {order.sequence} is older than {vm.sequence}")
+        if order.sequence == vm.sequence and vm.want not in (None, order.want):
+            self.refused.append((vm_id, order))
+            raise Superseded(f"order {order.sequence} was to be {vm.want}, not {order.want}")
         vm.sequence = order.sequence
 
     def _obey(self, vm_id: uuid.UUID, order: Order) -> None:

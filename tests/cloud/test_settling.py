@@ -20,10 +20,11 @@ from sqlalchemy import insert, select
 
 from spvtpm.cloud import handoffs, operations, tables
 from spvtpm.cloud.agents import Agents
+from spvtpm.cloud.handoffs import Handoff
 from spvtpm.cloud.moves import MOVES, undo_move
 from spvtpm.cloud.settling import Settler
 from spvtpm.cloud.undertakings import NotCurrent, Undertaking, WentThrough
-from spvtpm.wire.agent_api import Order
+from spvtpm.wire.agent_api import HandoffReport, Order, VmReport
 from spvtpm.wire.errors import NotRunning, SpvtpmError
 from spvtpm.wire.platform_errors import OperationUnderWay
 from spvtpm.wire.problems import problem_of
@@ -33,12 +34,26 @@ from tests.cloud.platform_database import PlatformDatabase
 
 VM = uuid.UUID(int=1)
 Fault = Literal["lost", "answer lost"]
+Disturbance = tuple[str, int, str, Fault]
 
 
-_PARTS = [
-    *("proceed", "link", "hear", "look", "go-on", "fault") * 3,
-    *("begin", "choose-destination", "depart", "arrive", "end", "give up", "undo"),
-]
+_WAY = ("begin", "choose-destination", "depart", "arrive", "link", "hear", "go-on", "tell", "end", "look")
+"""Of a migration that nothing disturbs."""
+
+_DISTURBANCES = (
+    "fault",
+    "hear",
+    "look",
+    "undo",
+    "end",
+    "give up",
+    "begin",
+    "depart",
+    "arrive",
+    "go-on",
+    "read",
+    "slow",
+)
 
 
 class Moves(RuleBasedStateMachine):
@@ -53,6 +68,8 @@ class Moves(RuleBasedStateMachine):
         self.agents = Agents()
         self.faults: dict[str, Fault] = {}
         self.works: list[Undertaking] = []
+        self.read: list[Handoff] = []
+        self.settler = Settler(self.platform.engine, self.agents)
 
     @initialize()
     def place(self) -> None:
@@ -84,12 +101,42 @@ class Moves(RuleBasedStateMachine):
     # What happens. One rule for all, for Hypothesis likes to leave rules out.
 
     @rule(
-        what=st.sampled_from(_PARTS),
-        late=st.sampled_from([0, 0, 0, 1, 2]),
-        far=st.sampled_from([0, 1, 2, 3, 3, 4, 4]),
-        host=st.sampled_from(["h1", "h2"]),
-        fault=st.sampled_from(["lost", "answer lost"]),
+        far=st.sampled_from([4, 4, 3, 3, 2, 1, 0]),  # what comes first is drawn most
+        ahead_of=st.dictionaries(
+            st.sampled_from(_WAY),
+            st.tuples(
+                st.sampled_from(_DISTURBANCES),
+                st.sampled_from([0, 0, 0, 1, 2]),
+                st.sampled_from(["h1", "h2"]),
+                st.sampled_from(["lost", "answer lost"]),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        left_out=st.one_of(
+            st.just({"go-on", "tell", "look"}),  # it has gone, and nobody sees to it
+            st.sets(st.sampled_from(["go-on", "hear", "tell", "end", "look"]), min_size=1),
+            st.sets(st.sampled_from(_WAY), max_size=2),
+        ),
+        ends=st.sampled_from(["give up", "end"]),
+        is_done_twice=st.booleans(),
     )
+    def migrate(
+        self, far: int, ahead_of: dict[str, Disturbance], left_out: set[str], ends: str, is_done_twice: bool
+    ) -> None:
+        """A migration, with something else ahead of some of its parts, and without others; `far` is its link."""
+        for part in _WAY:
+            if part in ahead_of:
+                what, late, host, fault = ahead_of[part]
+                self.happen(what, late, far, host, fault)
+            if part == "go-on" and is_done_twice:
+                self.read.extend(self._all_handoffs())
+            if part not in left_out:
+                self.happen(ends if part == "end" else part, 0, far, "h1", "lost")
+            if part == "go-on" and is_done_twice:
+                self.settle_slowly()
+            self.never_two()
+
     def happen(self, what: str, late: int, far: int, host: str, fault: Fault) -> None:
         """Whatever it is, to the newest migration, or, late, to an older one."""
         match what:
@@ -101,8 +148,10 @@ class Moves(RuleBasedStateMachine):
                 self.link(far)
             case "fault":
                 self.faults[host] = fault
-            case "proceed":
-                self.proceed()
+            case "read":
+                self.read.extend(self._all_handoffs())
+            case "slow":
+                self.settle_slowly()
             case _ if not self.works:
                 pass
             case "hear":
@@ -111,6 +160,8 @@ class Moves(RuleBasedStateMachine):
                 self.end(is_undone=what == "end")
             case "undo":
                 self._do(self._work(late), undo_move)
+            case "tell":
+                self._do(self._work(late), lambda work: work.settler.tell(self._decided(work)))
             case _:
                 self._do(self._work(late), MOVES[what])
 
@@ -119,6 +170,7 @@ class Moves(RuleBasedStateMachine):
 
     def begin(self) -> None:
         """A user asks for a migration; refused while another is not decided."""
+        is_undecided = any(not one.is_decided for one in self._all_handoffs())
         with suppress(OperationUnderWay):
             asked = self.platform.submit("migrate", VM)
             with self.platform.engine.connect() as connection:
@@ -129,12 +181,26 @@ class Moves(RuleBasedStateMachine):
                 asked.operation_id, "migrate", VM, row.sequence, self.platform.engine, self.agents, threading.Event()
             )
             self.works.append(work)
+            assert not is_undecided
 
-    def proceed(self) -> None:
-        """A replica does the first parts of the newest migration, one after the other."""
-        self.begin()
-        for name in ("choose-destination", "depart", "arrive"):
-            self._do(self.works[-1], MOVES[name])
+    def _all_handoffs(self) -> list[Handoff]:
+        with self.platform.engine.connect() as connection:
+            found = connection.scalars(select(tables.handoffs.c.operation)).all()
+            return [handoff for one in found if (handoff := handoffs.find(connection, one)) is not None]
+
+    def _decided(self, work: Undertaking) -> Handoff:
+        with self.platform.engine.connect() as connection:
+            handoff = handoffs.find(connection, work.operation_id)
+        if handoff is None or not handoff.is_decided:
+            raise NotCurrent
+        return handoff
+
+    def settle_slowly(self) -> None:
+        """A replica settles what it read a while ago."""
+        read, self.read = self.read, []
+        for handoff in read:
+            with suppress(SpvtpmError):
+                self.settler.tell(self.settler.decide(handoff))
 
     def _do(self, work: Undertaking, part: Callable[[Undertaking], None]) -> None:
         with self.platform.engine.connect() as connection:
@@ -193,7 +259,7 @@ class Moves(RuleBasedStateMachine):
         with self.platform.engine.connect() as connection:
             left = handoffs.left_behind(connection)
         for handoff in left:
-            Settler(self.platform.engine, self.agents).settle_left_behind(handoff)
+            self.settler.settle_left_behind(handoff)
 
     # What has to hold
 
@@ -206,12 +272,22 @@ class Moves(RuleBasedStateMachine):
         if self.doubles["h1"].vms:
             assert any(double.has(VM) for double in self.doubles.values())
 
+    def each_move_is_told_once(self) -> None:
+        """To its owner: each begins where the one before has ended."""
+        events = tables.events
+        told = select(events.c.detail).where(events.c.what == "migrated").order_by(events.c.number)
+        with self.platform.engine.connect() as connection:
+            details = connection.scalars(told).all()
+        ways = ["from host h1 to host h2", "from host h2 to host h1"]
+        assert details == [ways[number % 2] for number in range(len(details))]
+
     def teardown(self) -> None:
         """Faults stop; whoever looks tries again."""
         try:
             self.faults.clear()
             if self.works:
                 self.end(is_undone=True)
+            self.settle_slowly()
             for _ in range(2):
                 self.look()
             with self.platform.engine.connect() as connection:
@@ -222,6 +298,8 @@ class Moves(RuleBasedStateMachine):
                 assert vm.operation is None
                 assert [name for name, double in self.doubles.items() if double.runs(VM)] == [vm.host]
                 assert [name for name, double in self.doubles.items() if double.has(VM)] == [vm.host]
+                assert self.doubles[vm.host].vms[VM].want == "running"  # an ordinary VM again
+            self.each_move_is_told_once()
         finally:
             self.agents.close()
             for double in self.doubles.values():
@@ -232,5 +310,20 @@ class Moves(RuleBasedStateMachine):
 
 TestMoves = pytest.mark.attack("A16")(pytest.mark.claim("C8")(Moves.TestCase))
 TestMoves.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=6, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_the_end_of_an_earlier_handoff_is_not_heard_for_that_of_a_later_one() -> None:
+    kept = HandoffReport(handoff="1" * 32, outcome="kept", is_linked=False, copied_bytes=0, token="a" * 64)
+    report = VmReport(
+        vm_id=VM, sequence=3, want="running", machine="running", security_block=None, image=False, handoff=kept
+    )
+    agents = Agents()
+    with tempfile.TemporaryDirectory(prefix="spvtpm-") as directory:
+        platform = PlatformDatabase(f"sqlite:///{directory}/p.sqlite")
+        for named in (None, "2" * 32):
+            later = Handoff(uuid.UUID(int=2), VM, 5, "h1", "h2", named, "open", None, None, "", False)
+            assert Settler(platform.engine, agents).hear(later, report) is later
+        platform.close()
+    agents.close()

@@ -191,6 +191,14 @@ def test_a_machine_ends_only_when_its_handoff_is_decided() -> None:
 
 
 @pytest.mark.attack("A18")
+def test_a_host_that_has_forgotten_what_it_expected_throws_it_away_on_the_word_of_its_source() -> None:
+    sight = replace(
+        SIGHTS[0], want="absent", block=_block("arriving"), brought=Brought(handoff=THIS, token=TOKEN), handoff=None
+    )
+    assert next_step(sight) is Step.RECEIVE_CANCEL
+    assert next_step(replace(sight, block=None)) is Step.FORGET_HANDOFF
+
+
 def test_no_machine_runs_at_the_destination_before_the_source_has_given_the_vtpm_up() -> None:
     for sight in SIGHTS:
         if sight.has_machine or sight.block is None or sight.block.state != "arriving":

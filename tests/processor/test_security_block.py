@@ -443,4 +443,9 @@ def test_memory_from_another_host_is_named_in_the_first_boot_alone() -> None:
         assert named is not None and (named.handoff_id, named.stop_nonce) == (ARRIVAL.handoff, ARRIVAL.stop_nonce)
         for later in (first.stop().start(), first.hibernate().start()):
             assert later.launch_secret().memory is None
+        untouched = first.hibernate(is_untouched=True)
+        for _attempt in range(2):  # it goes on with that memory still, as often as nobody has taken its key
+            assert untouched.start().launch_secret().memory == named
+            untouched = untouched.start().hibernate(is_untouched=True)
+        assert untouched.start().hibernate().start().launch_secret().memory is None
     assert leaving.launch_secret().memory is None

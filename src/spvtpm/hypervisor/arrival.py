@@ -48,7 +48,7 @@ class Arrival:
     @property
     def way(self) -> Literal["none", "waiting", "linked", "ended"]:
         """To the other end, as of `steps.Way`."""
-        if self.instance != self._sp.instance():
+        if self.instance != self._sp.instance() and not self._gathered.is_whole:
             return "none"  # the secure processor does not expect it any more
         if self._gathering.done() and not self._gathered.is_whole:
             return "ended"

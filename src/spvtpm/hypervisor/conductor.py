@@ -73,15 +73,15 @@ class Conductor:
         if vm_id in self._keepers:
             self._keepers[vm_id].wake()
 
-    def _keeper(self, vm_id: uuid.UUID) -> VmKeeper:
-        """The keeper of a VM; of one that is new here, a new one.
+    def _keeper(self, vm_id: uuid.UUID, *, is_leaving: bool = False) -> VmKeeper:
+        """The keeper of a VM; of one that is new here, a new one. To forget one takes no room.
 
         Raises:
             TooMany: this host has no room for another VM.
         """
         keeper = self._keepers.get(vm_id)
         if keeper is None:
-            if len(self._keepers) >= self._max_vms:
+            if len(self._keepers) >= self._max_vms and not is_leaving:
                 raise TooMany(f"this host takes {self._max_vms} VMs, and has as many")
             keeper = self._keep(self._absent.pop(vm_id, Record(vm_id=vm_id)))
             keeper.start()
@@ -95,7 +95,7 @@ class Conductor:
             TooMany: this host has no room for another VM.
             SpvtpmError: it cannot be carried out, or not now.
         """
-        keeper = self._keeper(vm_id)
+        keeper = self._keeper(vm_id, is_leaving=order.want == "absent")
         try:
             await keeper.order(order)
         finally:

@@ -33,6 +33,7 @@ from spvtpm.wire.messages import (
 log = logging.getLogger(__name__)
 
 _MAX_FAILURE: Final = 2048
+_NO_LINK: Final = "no link to the other host came in time, or the agent was started anew"
 
 
 class Handoffs:
@@ -136,12 +137,13 @@ class Handoffs:
         assert departure is not None and handoff is not None  # noqa: S101  # there is a way
         try:
             token = await departure.move()
-        except SpvtpmError as error:
+        except (SpvtpmError, OSError) as error:
             log.warning("VM %s does not leave: %s", self._vm_id, error)
             handoff = replace(handoff, failure=str(error)[:_MAX_FAILURE])
         else:
             handoff = replace(handoff, outcome="gone", token=token.hex())
-        await self.close()
+        finally:
+            await self.close()  # whatever it was: there is no way any more
         return replace(record, handoff=handoff)
 
     async def settle(self, record: Record) -> Record:
@@ -160,22 +162,27 @@ class Handoffs:
         except WrongState:
             gone = await self._sp.call(SendFinish(vm_id=self._vm_id, handoff=name), HandoffToken)
             return replace(record, handoff=replace(handoff, outcome="gone", token=gone.token.hex(), failure=""))
-        return replace(record, handoff=replace(handoff, outcome="kept", token=kept.token.hex()))
+        failure = handoff.failure or (_NO_LINK if record.want == "departing" else "")
+        return replace(record, handoff=replace(handoff, outcome="kept", token=kept.token.hex(), failure=failure))
 
     async def _forget(self, record: Record, brought: Brought) -> Record:
-        request = SendForget(vm_id=self._vm_id, handoff=bytes.fromhex(brought.handoff), receipt=_token(brought))
-        await self._sp.call(request, Handoff)
+        """Whichever side this host is on: an agent that died before it wrote that down was perhaps still expecting the VM."""
+        name = bytes.fromhex(brought.handoff)
+        await self._sp.call(SendForget(vm_id=self._vm_id, handoff=name, receipt=_token(brought)), Handoff)
+        if record.handoff is None:
+            await self._sp.call(ReceiveCancel(vm_id=self._vm_id, handoff=name, token=None), Handoff)
         return replace(record, handoff=None, brought=None)
 
     # The destination
 
     async def _receive_start(self, record: Record, brought: Brought) -> Record:
         uid = await self._machine.prepare()
+        await self._machine.forget_image()  # of another life of it here
         name = bytes.fromhex(brought.handoff)
         await self._sp.call(ReceiveStart(vm_id=self._vm_id, handoff=name, vm_uid=uid), Handoff)
         await self.close()
         self._arrival = Arrival(self._sp, self._vm_id, name)
-        return replace(record, handoff=HandoffRecord(handoff=brought.handoff, side="destination"))
+        return replace(record, resuming=False, handoff=HandoffRecord(handoff=brought.handoff, side="destination"))
 
     async def _keep_memory(self, record: Record) -> Record:
         arrival = self._arrival
@@ -192,6 +199,7 @@ class Handoffs:
         name = bytes.fromhex(brought.handoff)
         request = ReceiveFinish(vm_id=self._vm_id, handoff=name, token=_token(brought))
         come = await self._sp.call(request, HandoffToken)
+        await self.close()
         handoff = HandoffRecord(handoff=brought.handoff, side="destination", outcome="come", token=come.token.hex())
         return replace(record, handoff=handoff)
 

@@ -233,6 +233,12 @@ class VmKeeper:
     def _has_given_up(self) -> bool:
         return self._record.want is None or bool(self._record.failure)
 
+    @property
+    def _is_unsettled(self) -> bool:
+        """Whether a handoff from here is open: nobody but this agent lets its machine go on then, so it never gives up."""
+        handoff = self._record.handoff
+        return handoff is not None and (handoff.side, handoff.outcome) == ("source", "open")
+
     async def _work(self) -> None:
         while not self._closing:
             await self._woken.wait()
@@ -327,6 +333,12 @@ class VmKeeper:
             self._falls += 1
             log.warning("VM %s, wanted %s: failure %d: %s", self.vm_id, record.want, self._falls, error)
             self._pause()
+            return
+        if self._is_unsettled:
+            self._falls = min(self._falls + 1, MAX_FALLS)
+            log.error("VM %s: what becomes of its handoff is not settled yet: %s", self.vm_id, error)
+            self._pause()
+            self._answer(record.sequence, error)
             return
         log.error("VM %s cannot be %s: %s", self.vm_id, record.want, error)
         self._is_fresh, self._is_settled, self._up_since = False, False, None

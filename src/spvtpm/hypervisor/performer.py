@@ -16,6 +16,7 @@ from spvtpm.hypervisor.secure_processor import SecureProcessor
 from spvtpm.hypervisor.steps import Sight, Step, next_step
 from spvtpm.hypervisor.virtual_machine import Boot, VirtualMachine
 from spvtpm.wire.errors import NotRunning, SpvtpmError, WrongState
+from spvtpm.wire.memory_records import STREAM_MAGIC
 from spvtpm.wire.messages import HibernateVm, LaunchVm, Request, ResetVm, StartVm, StopVm, VmInfo
 
 log = logging.getLogger(__name__)
@@ -145,13 +146,17 @@ class Performer:
                 return replace(record, resuming=False)
             case Step.REMOVE:
                 await machine.remove()
+                return replace(record, resuming=False)
             case _:
                 return await self._handoffs.perform(step, record)
         return record
 
     async def _begin(self, request: Request) -> None:
+        before = self._block
         block = await self._sp.call(request, VmInfo)
-        self._begun = block.boots
+        # A vTPM that has gone on without its VM's memory, for that is lost, needs a boot of its own.
+        is_lost = before is not None and before.state == "hibernated" and not self.has_image()
+        self._begun = 0 if is_lost else block.boots
 
     async def _begin_machine(self, record: Record) -> None:
         block = self._block
@@ -170,7 +175,7 @@ class Performer:
     async def _end_boot(self, record: Record) -> None:
         """No machine takes part in a boot: it ends. One that was to go on from its image can try again later."""
         requests: list[Request] = [StopVm(vm_id=self._vm_id)]
-        if record.resuming and self.has_image():
+        if record.resuming and self.has_image() and not await self._is_memory_used_up():
             requests.insert(0, HibernateVm(vm_id=self._vm_id))
         for request in requests:
             try:
@@ -179,6 +184,15 @@ class Performer:
                 log.warning("VM %s: its boot could not be ended by %s: %s", self._vm_id, type(request).__name__, error)
             else:
                 return
+
+    async def _is_memory_used_up(self) -> bool:
+        """Whether its memory came from another host, and a machine has had the key for it: no other boot goes on with that."""
+        try:
+            block = await self._sp.vm(self._vm_id)
+            image = await self._machine.read_image()
+        except SpvtpmError:
+            return False
+        return image.startswith(STREAM_MAGIC) and block is not None and not block.launch_secret
 
     async def _hibernate(self) -> None:
         """The vTPM follows its suspended VM; if it cannot, the VM runs on."""

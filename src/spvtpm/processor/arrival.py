@@ -22,7 +22,7 @@ class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         abort_sha256: of the token on which it is to be thrown away.
         receipt: tells its source that it runs here.
         stop_nonce: of the memory with which it goes on, 32 bytes.
-        boots: of the VM when it came; filled in by `VmSecurityBlock.arrive`.
+        boots: of the VM when it came, or was hibernated before it had its memory; filled in by `VmSecurityBlock.arrive`.
     """
 
     handoff: HandoffId

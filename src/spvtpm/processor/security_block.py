@@ -189,8 +189,11 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         self._require("stop", VmState.RUNNING, VmState.FAILED)
         return msgspec.structs.replace(self, state=VmState.STOPPED, boot_id=None).noting("stopped")
 
-    def hibernate(self) -> Self:
+    def hibernate(self, *, is_untouched: bool = False) -> Self:
         """The VM is suspended for a later start that goes on where it was.
+
+        Args:
+            is_untouched: nobody has had the VM key in this boot. The next one goes on with the same memory then.
 
         Raises:
             WrongState: it is not running, has no vTPM, or is on the TPM emulator interface.
@@ -199,7 +202,10 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
         if self.vtpm_id is None:
             raise WrongState(f"hibernate: VM {self.vm_id} has no vTPM")
         self._require_direct_path("hibernate")
-        return msgspec.structs.replace(self, state=VmState.HIBERNATED, boot_id=None).noting("hibernated")
+        come = self.arrival
+        if is_untouched and come is not None and self._goes_on_with(come):
+            come = msgspec.structs.replace(come, boots=self.boots)
+        return msgspec.structs.replace(self, state=VmState.HIBERNATED, boot_id=None, arrival=come).noting("hibernated")
 
     def leave(self) -> Self:
         """Its vTPM is still, and moves to another chip.
@@ -329,9 +335,12 @@ class VmSecurityBlock(msgspec.Struct, frozen=True):
     def launch_secret(self) -> LaunchSecret:
         """What the VM gets for the boot under way: in the first one after it came, the memory that came with it."""
         come = self.arrival
-        if come is None or self.boots != come.boots + 1:
+        if come is None or not self._goes_on_with(come):
             return LaunchSecret(self.ownership.vm_key)
         return LaunchSecret(self.ownership.vm_key, ComingMemory(come.handoff, come.stop_nonce))
+
+    def _goes_on_with(self, come: Arrival) -> bool:
+        return self.boots == come.boots + 1
 
     def boot_key(self) -> bytes:
         """The 32-byte key of the boot under way."""

@@ -266,13 +266,21 @@ class SecurityManager:
         """
         async with self._table.lock(vm_id):
             block = self._table.get(vm_id)
-            hibernated = block.hibernate()
+            is_untouched = bool(self._secrets.path(vm_id))
+            hibernated = block.hibernate(is_untouched=is_untouched)
             vtpm = self._vtpms.of(block)
 
             async def save(volatile: bytes) -> None:
                 await self._guard.milestone([(hibernated_name(vtpm.vtpm_id), volatile), block_change(hibernated)])
 
-            await hibernate(vtpm, save)
+            if is_untouched:  # and stays so
+                self._secrets.withdraw(vm_id)
+            try:
+                await hibernate(vtpm, save)
+            except SpvtpmError:
+                if is_untouched and self._table.get(vm_id).state is VmState.RUNNING:
+                    self._offer_secret(vm_id)
+                raise
             self._secrets.withdraw(vm_id)
             self._table.put(hibernated)
             return self.info(vm_id)
