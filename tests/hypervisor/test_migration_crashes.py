@@ -171,7 +171,7 @@ def test_an_agent_that_dies_while_a_move_is_taken_back(hosts: TwoHosts, side: Si
     mortal.start_to_die(step, when)
     platform = Persistent(hosts, vm_id)
 
-    platform.carry(platform.begin(), _ends_at("destination", 1))
+    platform.carry(platform.begin(), _ends_at("destination", 2))  # prepared: so the machine is halted
     decided = platform.end()
 
     assert platform.deaths == 1
