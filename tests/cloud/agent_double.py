@@ -197,18 +197,24 @@ class AgentDouble:
         with self._lock:
             if method == "PUT":
                 vm = self.vms.setdefault(vm_id, DoubleVm())
-                self._count(vm_id, vm, Order(sequence=int(query["sequence"]), want="defined"))
+                sequence = int(query["sequence"])
+                self._verify_age(vm_id, vm, Order(sequence=sequence, want="defined"))
                 vm.image = body
+                if vm.want in (None, "absent"):
+                    vm.sequence, vm.want = sequence, None
                 return b""
             image = self.vms[vm_id].image if vm_id in self.vms else None
             if image is None:
                 raise NotFound("there is no image")
             return image
 
-    def _count(self, vm_id: uuid.UUID, vm: DoubleVm, order: Order) -> None:
+    def _verify_age(self, vm_id: uuid.UUID, vm: DoubleVm, order: Order) -> None:
         if order.sequence < vm.sequence:
             self.refused.append((vm_id, order))
             raise Superseded(f"order {order.sequence} is older than {vm.sequence}")
+
+    def _count(self, vm_id: uuid.UUID, vm: DoubleVm, order: Order) -> None:
+        self._verify_age(vm_id, vm, order)
         if order.sequence == vm.sequence and vm.want not in (None, order.want):
             self.refused.append((vm_id, order))
             raise Superseded(f"order {order.sequence} was to be {vm.want}, not {order.want}")
