@@ -168,7 +168,7 @@ def live(crowd: Crowd, disturb: Callable[[Lives, random.Random, Toll], None]) ->
         print(f"seed {SEED}: {toll}; {lives.done.total()} commands done: {dict(lives.done)}; said in vain:")
         print("\n".join(f"  {word}: {failure}" for word, failure in lives.failures))
         print(Counter((row.kind, row.state) for row in crowd.rows(tables.operations)))
-    assert toll.kills >= 2
+    assert toll.kills  # how many is a matter of time: a dead replica's work is waited for
     assert toll.met
 
 
@@ -230,6 +230,9 @@ def test_a_replica_is_killed_and_the_other_one_goes_on(postgres: PostgresDatabas
                     continue
                 victim.kill()
                 toll.count(it)
+                if not toll.met:  # what it was busy with has just ended
+                    victim.start()
+                    continue
                 if sum(pair.taken_over()) and chance.random() < 0.4:
                     lives.wait(COMMANDS, chance.random())
                 else:  # until the other one has its work, or for good

@@ -377,3 +377,17 @@ def test_a_keyring_is_never_written_longer_than_it_can_be_read(tmp_path: Path) -
     with pytest.raises(ResourceError, match="room"):
         keyring.remember(*many)
     assert Keyring.open(tmp_path / "keyring", never).content.user_secrets == secrets
+
+
+def test_the_file_of_an_import_whose_answer_was_lost_goes_once_the_chip_has_told(keyring: Keyring) -> None:
+    path = keyring.instances() / "web-3.vtpm"
+    path.write_bytes(b"void, if it was taken")
+    home = InFile(3, bytes(32), str(path))
+    coming = known(Importing(bytes(16), 3, bytes(32), home))
+    keyring.remember(coming)
+
+    keyring.remember(replace(coming, place=home))  # it never came
+    assert path.exists()
+    keyring.remember(coming)
+    keyring.remember(replace(coming, place=AtChip(bytes(16))))
+    assert not path.exists()

@@ -46,7 +46,7 @@ from spvtpm.terminal.keyring_file import (
     passphrase_key_of,
 )
 from spvtpm.terminal.owned import Account, OwnedVm
-from spvtpm.terminal.whereabouts import Known
+from spvtpm.terminal.whereabouts import Known, void_file
 from spvtpm.wire.errors import (
     AlreadyExists,
     KeyringError,
@@ -162,12 +162,13 @@ class Keyring:
         return next((known for known in self.content.vtpms if known.vtpm_id == vtpm_id), None)
 
     def remember(self, *vtpms: Known) -> None:
-        """Puts these, last, in the place of what was remembered of them.
+        """Puts these, last, in the place of what was remembered of them. A file that has turned out void goes.
 
         Raises:
             ResourceError: there is no room for another vTPM.
         """
         new = {known.vtpm_id: known for known in vtpms}
+        old = [known for known in self.content.vtpms if known.vtpm_id in new]
 
         def change(content: Content) -> Content:
             kept = [known for known in content.vtpms if known.vtpm_id not in new] + list(new.values())
@@ -177,6 +178,9 @@ class Keyring:
 
         if new:
             self.update(change)
+        for known in old:
+            if path := void_file(known.place, new[known.vtpm_id].place):
+                self.drop_instance(Path(path))
 
     def forget(self, vtpm_id: uuid.UUID) -> bool:
         """Drops what is remembered of a vTPM; whether there was anything."""

@@ -162,6 +162,13 @@ def _exported(place: AtChip | Exporting | Importing, fate: Fate) -> InFile | Non
     return InFile(fate.version, fate.sha256, place.path if ours and isinstance(place, Exporting) else "")
 
 
+def void_file(before: Place, now: Place) -> str:
+    """The file that a chip has taken the vTPM out of, as turns out now: path; empty: none."""
+    if isinstance(before, Importing) and before.before is not None and isinstance(now, AtChip):
+        return before.before.path
+    return ""
+
+
 def check_import(known: Known | None, header: InstanceHeader, sha256: bytes) -> None:
     """Whether a file may be imported, as far as the terminal knows.
 
