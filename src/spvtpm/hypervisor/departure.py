@@ -55,7 +55,6 @@ class Departure:
         self._link_by_s = time.monotonic() + LINK_WITHIN_S
         self._is_linked = False
         self._unwanted = asyncio.Event()
-        self._memory: FrameStream | None = None
         self._cleanup = AsyncExitStack()
         self.copied_bytes = 0
 
@@ -90,19 +89,19 @@ class Departure:
         Raises:
             SpvtpmError: it was not given up, or that is not known. The machine may be halted.
         """
-        await self._send_rounds()
+        stream = await self._open_memory()
+        await self._send_rounds(stream)
         await self._machine.halt()
         stop = SendStop(vm_id=self._vm_id, handoff=self.handoff)
         stopped = await self._unless_unwanted(self._sp.call(stop, SendStopped))
-        await self._send(self._machine.finish_copy(self.handoff, stopped.stop_nonce))
+        await self._send(stream, self._machine.finish_copy(self.handoff, stopped.stop_nonce))
         finish = SendFinish(vm_id=self._vm_id, handoff=self.handoff)
         return (await self._unless_unwanted(self._sp.call(finish, HandoffToken))).token
 
-    async def _send_rounds(self) -> None:
-        self._memory = await self._open_memory()
+    async def _send_rounds(self, stream: FrameStream) -> None:
         before = 0
         for _round in range(MAX_ROUNDS):
-            sent = await self._send(self._machine.copy_memory(self.handoff))
+            sent = await self._send(stream, self._machine.copy_memory(self.handoff))
             if sent <= _LITTLE_BYTES or (before and sent > before * 3 // 4):  # it changes as fast as it goes
                 return
             before = sent
@@ -116,9 +115,7 @@ class Departure:
         await stream.send(encode_migration(MemoryIn(self.handoff)))
         return stream
 
-    async def _send(self, records: AsyncIterator[bytes]) -> int:
-        stream = self._memory
-        assert stream is not None  # noqa: S101  # `move` has opened it
+    async def _send(self, stream: FrameStream, records: AsyncIterator[bytes]) -> int:
         sent = 0
         async for record in records:
             try:

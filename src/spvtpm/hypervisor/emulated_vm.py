@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -23,8 +22,6 @@ from spvtpm.hypervisor.frames import connected
 from spvtpm.hypervisor.machine_link import ask_machine
 from spvtpm.hypervisor.process_machine import ProcessMachine
 from spvtpm.hypervisor.virtual_machine import Boot, Console
-from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.decoding import UNDECODABLE
 from spvtpm.wire.errors import NotRunning, SpvtpmError, StorageError, WrongState
 from spvtpm.wire.machine_control import (
     MAX_CONTROL_BYTES,
@@ -64,29 +61,11 @@ class EmulatedVm(ProcessMachine):
         left: process id of a machine of it that an earlier agent has started.
     """
 
-    def __init__(
-        self, vm_id: uuid.UUID, directory: Path, users: VmUsers, on_end: Callable[[], None], left: int | None = None
-    ) -> None:
-        super().__init__(vm_id, directory, users, on_end)
-        self._left = left
-
-    async def adopt(self) -> None:
-        """Takes over a machine that an agent which has died had started; one that does not answer is ended."""
-        left, self._left = self._left, None
-        if left is None:
-            await self._clear()
-            return
-        try:
-            self._watch(left)
-            self._boots = self._directory.boots()
-            if await self._is_starting():
-                self._state = "starting"
-            else:
-                await self._change(AwaitReady(), _ADOPT_S)
-            log.info("VM %s: its machine, process %d, goes on", self._vm_id, left)
-        except (SpvtpmError, OSError, *UNDECODABLE) as error:
-            log.warning("VM %s: its machine is of no use and ended: %s", self._vm_id, error)
-            await self.end()
+    async def _find_state(self) -> None:
+        if await self._is_starting():
+            self._state = "starting"
+        else:
+            await self._change(AwaitReady(), _ADOPT_S)
 
     async def _is_starting(self) -> bool:
         """Whether it is too young to answer."""

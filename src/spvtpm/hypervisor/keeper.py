@@ -237,7 +237,7 @@ class VmKeeper:
     def _is_unsettled(self) -> bool:
         """Whether a handoff from here is open: nobody but this agent lets its machine go on then, so it never gives up."""
         handoff = self._record.handoff
-        return handoff is not None and (handoff.side, handoff.outcome) == ("source", "open")
+        return handoff is not None and handoff.is_unsettled
 
     async def _work(self) -> None:
         while not self._closing:

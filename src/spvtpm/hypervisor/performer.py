@@ -220,7 +220,7 @@ class Performer:
     async def power_down(self, record: Record) -> None:
         """Ends machine and boot in order, whatever was ordered: the agent is being stopped."""
         try:
-            if record.handoff is not None and (record.handoff.side, record.handoff.outcome) == ("source", "open"):
+            if record.handoff is not None and record.handoff.is_unsettled:
                 await self._handoffs.settle(record)  # which the next start does once more, and remembers
             await self._handoffs.close()
             had_machine = self._machine.state != "none"

@@ -13,7 +13,8 @@ from spvtpm.hypervisor.machine_directory import MachineDirectory
 from spvtpm.hypervisor.machine_process import MachineProcess
 from spvtpm.hypervisor.virtual_machine import MachineState
 from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.errors import StorageError
+from spvtpm.wire.decoding import UNDECODABLE
+from spvtpm.wire.errors import SpvtpmError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +29,18 @@ class ProcessMachine:
         directory: what the agent has of it.
         users: whose processes machines are.
         on_end: called when it ends unasked.
+        left: process id of a machine of it that an earlier agent has started.
     """
 
-    def __init__(self, vm_id: uuid.UUID, directory: Path, users: VmUsers, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, vm_id: uuid.UUID, directory: Path, users: VmUsers, on_end: Callable[[], None], left: int | None = None
+    ) -> None:
         self._vm_id = vm_id
         self._directory = MachineDirectory(directory, users)
         self._own = self._directory.own
         self._users = users
         self._on_end = on_end
+        self._left = left
         self._process: MachineProcess | None = None
         self._state: MachineState = "none"
         self._boots = 0
@@ -70,6 +75,29 @@ class ProcessMachine:
     def by_emulator(self) -> bool:
         """Whether its boots reach the vTPM by the TPM emulator interface."""
         return False
+
+    async def adopt(self) -> None:
+        """Takes over a machine that an agent which has died had started; one that does not answer is ended."""
+        left, self._left = self._left, None
+        if left is None:
+            await self._clear()
+            return
+        try:
+            self._watch(left)
+            self._boots = self._directory.boots()
+            await self._find_state()
+            log.info("VM %s: its machine, process %d, goes on", self._vm_id, left)
+        except (SpvtpmError, OSError, *UNDECODABLE) as error:
+            log.warning("VM %s: its machine is of no use and ended: %s", self._vm_id, error)
+            await self.end()
+
+    async def _find_state(self) -> None:
+        """Has `state` tell what an adopted machine does.
+
+        Raises:
+            SpvtpmError, OSError, msgspec's errors: it is of no use.
+        """
+        raise NotImplementedError
 
     async def prepare(self) -> int | None:
         """Makes room for it; tells as which user it will run.

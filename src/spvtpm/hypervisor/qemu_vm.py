@@ -32,7 +32,7 @@ from spvtpm.hypervisor.qemu_monitor import Empty, KvmInfo, QemuMonitor, RunStatu
 from spvtpm.hypervisor.serial_log import SerialLog
 from spvtpm.hypervisor.virtual_machine import Boot, Console, MachineState
 from spvtpm.hypervisor.vm_users import VmUsers
-from spvtpm.wire.decoding import UNDECODABLE, printable
+from spvtpm.wire.decoding import printable
 from spvtpm.wire.errors import SpvtpmError, StorageError, WrongState
 from spvtpm.wire.memory_records import NewestRecords
 from spvtpm.wire.platform_errors import MachineFailed
@@ -69,9 +69,8 @@ class QemuVm(ProcessMachine):
         config: QemuConfig,
         left: int | None = None,
     ) -> None:
-        super().__init__(vm_id, directory, users, on_end)
+        super().__init__(vm_id, directory, users, on_end, left)
         self._config = config
-        self._left = left
         self._monitor: QemuMonitor | None = None
         self._serial: asyncio.Task[None] | None = None
         self._hanging_up: asyncio.Task[None] | None = None
@@ -81,22 +80,10 @@ class QemuVm(ProcessMachine):
         """Whether its boots reach the vTPM by the TPM emulator interface."""
         return self._config.tpm == "emulator"
 
-    async def adopt(self) -> None:
-        """Takes over a machine that an agent which has died had started; one that does not answer is ended."""
-        left, self._left = self._left, None
-        if left is None:
-            await self._clear()
-            return
-        try:
-            self._watch(left)
-            self._boots = self._directory.boots()
-            self._state = await self._state_of_qemu()
-            if self._state == "halted" and self._directory.resumes():
-                raise MachineFailed("it has not gone on from its image whole")
-            log.info("VM %s: its machine, process %d, goes on", self._vm_id, left)
-        except (SpvtpmError, OSError, *UNDECODABLE) as error:
-            log.warning("VM %s: its machine is of no use and ended: %s", self._vm_id, error)
-            await self.end()
+    async def _find_state(self) -> None:
+        self._state = await self._state_of_qemu()
+        if self._state == "halted" and self._directory.resumes():
+            raise MachineFailed("it has not gone on from its image whole")
 
     async def start(self, boot: Boot) -> None:
         """Starts it; returns once the guest runs, which boots from then on.

@@ -50,6 +50,11 @@ class HandoffRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     token: TokenText | None = None
     failure: Sentence = ""
 
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether the VM is leaving this host: its machine may be halted, and nobody but this agent lets it go on then."""
+        return (self.side, self.outcome) == ("source", "open")
+
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The newest order for one VM, and what became of it.
