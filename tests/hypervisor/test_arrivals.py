@@ -13,7 +13,8 @@ from spvtpm.hypervisor.records import Record
 from spvtpm.wire.agent_api import HandoffReport
 from spvtpm.wire.errors import SpvtpmError
 from tests.hypervisor.running_agent import RunningAgent
-from tests.hypervisor.two_hosts import Carrying, Side, TwoHosts, handoff_of
+from tests.hypervisor.two_hosts import Carrying, TwoHosts, handoff_of
+from tests.processor.migration.two_chips import Side
 
 _REMEMBER = "echo remembered > note; tpm2_pcrextend 10:sha256=" + "ab" * 32
 _RECALL = "cat note; tpm2_pcrread sha256:10"

@@ -15,6 +15,7 @@ from spvtpm.hypervisor.steps import Sight, Step, Way, next_step
 from spvtpm.wire.agent_api import WantedState
 from spvtpm.wire.errors import NotFound, SpvtpmError, WrongState
 from spvtpm.wire.messages import VmInfo
+from tests.hypervisor.test_steps import after, block_of, is_as_ordered
 
 VM = uuid.UUID(int=7)
 THIS, OTHER = "1" * 32, "2" * 32
@@ -22,8 +23,8 @@ TOKEN = "a" * 64
 MOST_STEPS = 10
 
 
-def _block(state: str, boots: int = 3) -> VmInfo | None:
-    return None if state == "none" else VmInfo(VM, state, boots, None)  # type: ignore[arg-type]
+def _block(state: str) -> VmInfo | None:
+    return block_of(state, 3)
 
 
 SIGHTS = [
@@ -68,30 +69,9 @@ SIGHTS = [
 
 def _after(sight: Sight, step: Step) -> Sight:
     """What a step does, if it succeeds; or how the secure processor refuses it."""
-    boots = sight.block.boots if sight.block is not None else 0
     state = sight.block.state if sight.block is not None else "none"
     handoff, brought = sight.handoff, sight.brought
     match step:
-        case Step.LAUNCH | Step.START | Step.RESET:
-            return replace(sight, block=_block("running", boots + 1), begun=boots + 1)
-        case Step.STOP:
-            return replace(sight, block=_block("stopped", boots))
-        case Step.MARK_RESUMING:
-            return replace(sight, resuming=True)
-        case Step.BEGIN_MACHINE:
-            return replace(sight, machine="running", machine_boots=boots, begun=0)
-        case Step.GO_ON:
-            return replace(sight, machine="running")
-        case Step.POWER_OFF | Step.END_MACHINE:
-            return replace(sight, machine="none")
-        case Step.SUSPEND:
-            return replace(sight, machine="suspended", image=True)
-        case Step.HIBERNATE:
-            return replace(sight, block=_block("hibernated", boots))
-        case Step.FORGET_IMAGE:
-            return replace(sight, image=False, resuming=False)
-        case Step.REMOVE:
-            return replace(sight, image=False, kept=False)
         case Step.SEND_START:
             return replace(sight, handoff=HandoffRecord(handoff=OTHER, side="source"), way="waiting")
         case Step.MOVE:
@@ -126,7 +106,7 @@ def _after(sight: Sight, step: Step) -> Sight:
         case Step.FORGET_HANDOFF:
             return replace(sight, handoff=None, brought=None)
         case _:
-            raise AssertionError(step)
+            return after(sight, step)
 
 
 def _path(sight: Sight) -> tuple[list[tuple[Sight, Step]], Sight]:
@@ -151,16 +131,8 @@ def _is_as_ordered(sight: Sight) -> bool:
             return (
                 sight.way in ("waiting", "linked") or state is not None or sight.brought is None or outcome is not None
             )
-        case "running":
-            return sight.takes_part and sight.machine == "running" and not sight.image and not sight.resuming
-        case "stopped":
-            return not sight.has_machine and state in (None, "stopped")
-        case "hibernated":
-            return not sight.has_machine and state in (None, "hibernated")
-        case "absent":
-            return not sight.has_machine and state is None and not sight.kept
         case _:
-            return True
+            return is_as_ordered(sight)
 
 
 @pytest.mark.claim("C8")

@@ -15,8 +15,9 @@ from spvtpm.terminal.socket_relay import through_socket
 from spvtpm.wire.errors import MigrationForbidden, SpvtpmError, WrongState
 from spvtpm.wire.platform_errors import CommandNotBegun, Superseded
 from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
-from tests.hypervisor.two_hosts import Carrying, Cut, Side, TwoHosts, handoff_of
+from tests.hypervisor.two_hosts import Carrying, TwoHosts, handoff_of
 from tests.owner import ANYTHING
+from tests.processor.migration.two_chips import Cut, Side
 
 _REMEMBER = "echo remembered > note; tpm2_pcrextend 16:sha256=" + "ab" * 32
 _RECALL = "cat note; tpm2_pcrread sha256:16"

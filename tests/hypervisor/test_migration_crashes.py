@@ -21,7 +21,8 @@ from spvtpm.wire.platform_errors import Unavailable
 from tests.harness import RunningSp
 from tests.hypervisor.mortal_agent import MortalAgent
 from tests.hypervisor.running_agent import PATIENCE_S, wait_for_end
-from tests.hypervisor.two_hosts import Carrying, Cut, Hook, Side, TwoHosts, handoff_of, honest
+from tests.hypervisor.two_hosts import Carrying, TwoHosts, handoff_of
+from tests.processor.migration.two_chips import Cut, Hook, Side, honest
 
 _Result = TypeVar("_Result")
 _NV = "0x1500016"

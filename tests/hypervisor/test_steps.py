@@ -18,7 +18,7 @@ VM = uuid.UUID(int=7)
 MOST_STEPS = 8
 
 
-def _block(state: str, boots: int) -> VmInfo | None:
+def block_of(state: str, boots: int) -> VmInfo | None:
     return None if state == "none" else VmInfo(VM, state, boots, None)  # type: ignore[arg-type]
 
 
@@ -27,7 +27,7 @@ SIGHTS = [
         vm_id=VM,
         want=want,  # type: ignore[arg-type]
         resuming=resuming,
-        block=_block(state, boots),
+        block=block_of(state, boots),
         admitted=False,
         begun=begun,
         machine=machine,
@@ -48,18 +48,18 @@ SIGHTS = [
 ]
 
 
-def _after(sight: Sight, step: Step) -> Sight:
+def after(sight: Sight, step: Step) -> Sight:
     """What a step does, if it succeeds."""
     boots = sight.block.boots if sight.block is not None else 0
     match step:
         case Step.ADMIT:
             return replace(sight, admitted=True)
         case Step.LAUNCH | Step.START | Step.RESET:
-            return replace(sight, block=_block("running", boots + 1), begun=boots + 1)
+            return replace(sight, block=block_of("running", boots + 1), begun=boots + 1)
         case Step.STOP:
-            return replace(sight, block=_block("stopped", boots))
+            return replace(sight, block=block_of("stopped", boots))
         case Step.HIBERNATE:
-            return replace(sight, block=_block("hibernated", boots))
+            return replace(sight, block=block_of("hibernated", boots))
         case Step.MARK_RESUMING:
             return replace(sight, resuming=True)
         case Step.BEGIN_MACHINE:
@@ -84,11 +84,12 @@ def _path(sight: Sight) -> tuple[list[Step], Sight]:
     while (step := next_step(sight)) is not Step.NOTHING:
         steps.append(step)
         assert len(steps) <= MOST_STEPS, (sight, steps)
-        sight = _after(sight, step)
+        sight = after(sight, step)
     return steps, sight
 
 
-def _is_as_ordered(sight: Sight) -> bool:
+def is_as_ordered(sight: Sight) -> bool:
+    """Whether it is, of a VM that does not move."""
     state = sight.block.state if sight.block is not None else None
     match sight.want:
         case "running":
@@ -111,7 +112,7 @@ def test_wherever_a_vm_is_found_it_becomes_as_ordered_or_there_is_a_sentence() -
         except SpvtpmError as error:
             assert str(error)
         else:
-            assert _is_as_ordered(end), sight
+            assert is_as_ordered(end), sight
             ends += 1
     assert ends > len(SIGHTS) // 2
 
@@ -124,7 +125,7 @@ def test_a_machine_takes_part_in_one_boot() -> None:
             while (step := next_step(found)) is not Step.NOTHING:
                 if step in (Step.LAUNCH, Step.START, Step.RESET, Step.BEGIN_MACHINE):
                     assert not found.has_machine, sight
-                found = _after(found, step)
+                found = after(found, step)
         except SpvtpmError:
             continue
 
@@ -140,7 +141,7 @@ def test_a_cold_boot_never_goes_on_from_an_image() -> None:
             while (step := next_step(found)) is not Step.NOTHING:
                 if step is Step.BEGIN_MACHINE and found.resuming and found.image:
                     assert resumes, sight
-                found = _after(found, step)
+                found = after(found, step)
         except SpvtpmError:
             continue
 

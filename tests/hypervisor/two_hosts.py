@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -17,20 +16,7 @@ from websockets.sync.client import ClientConnection
 from spvtpm.wire.agent_api import HandoffReport, VmReport
 from tests.hypervisor.mortal_agent import MortalAgent
 from tests.hypervisor.running_agent import PATIENCE_S, RunningAgent
-from tests.processor.migration.two_chips import TwoChips
-
-Side = Literal["source", "destination"]
-Hook = Callable[[Side, int, bytes], list[bytes]]
-"""What becomes of a side's n-th frame: what is handed on in its place. `Cut` ends the link."""
-
-
-class Cut(Exception):
-    """The carrier ends the link."""
-
-
-def honest(_side: Side, _number: int, frame: bytes) -> list[bytes]:
-    """Hands everything on."""
-    return [frame]
+from tests.processor.migration.two_chips import Cut, Hook, Side, TwoChips, honest
 
 
 class Carrying:
